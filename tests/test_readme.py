@@ -42,6 +42,6 @@ def test_no_python_that_will_do(python: str, tmp_path: Path, mirror: Mirror) -> 
     (tmp_path / "old-python").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "old-python").chmod(0o755)
     printed = project.run("make", "repro", f"PYTHON={python}", ok=False)
-    assert printed.startswith("error: no Python 3.11 to 3.14")
+    assert "error: no Python 3.11 to 3.14" in printed
     assert "install one (apt install python3 python3-venv, brew install python@3.14)" in printed
     assert not (tmp_path / ".venv").exists()

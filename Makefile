@@ -1,10 +1,11 @@
 # make repro   bring every result up to date
 # make test    run the tests
 # make lint    check style, format and types
+# make bench   time the train loop against PyTorch, JAX and MLX as it comes
 # make lock    renew the locked versions from pyproject.toml
 # Each sets up .venv first if it is missing. PYTHON=python3.12 chooses the Python for it.
 
-.PHONY: repro test lint lock
+.PHONY: repro test lint bench lock
 
 # The Pythons that the locked packages have wheels for.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
@@ -22,6 +23,9 @@ lint: .venv/lint-installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+bench: .venv/bench/installed repro
+	.venv/bin/python -m tests.bench.run .venv/bench/bin/python
 
 lock: .venv/lint-installed
 	.venv/bin/uv pip compile $(LOCK) --output-file requirements.txt pyproject.toml
@@ -41,8 +45,14 @@ LOCK := --quiet --upgrade --universal --fork-strategy fewest --generate-hashes -
 	@echo "Installing the packages of requirements.txt into .venv, which takes a minute or two"
 	"$(PYTHON)" -m venv --clear .venv
 	$(PIP_INSTALL) -r requirements.txt
+	.venv/bin/python -m stages.blas
 	@touch $@
 
 .venv/lint-installed: .ci/requirements.txt .venv/installed
 	$(PIP_INSTALL) -r .ci/requirements.txt
+	@touch $@
+
+.venv/bench/installed: tests/bench/requirements.txt .venv/installed
+	.venv/bin/python -m venv --clear .venv/bench
+	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

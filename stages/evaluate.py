@@ -8,6 +8,8 @@ import json
 import math
 from pathlib import Path
 
+from stages.blas import use_threads
+
 import mlx.core as mx
 
 from stages.errors import run
@@ -27,7 +29,8 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    mx.set_default_device(mx.cpu)  # the same figures whatever device trained the model
+    mx.set_default_device(mx.cpu)  # the same figures whatever trained the model
+    use_threads(1)
     model, metadata = load_model(Path("data/model.safetensors"))
     test = load_split(Path("data/test.npz"))
     loss, predictions = score(model, test)

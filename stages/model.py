@@ -18,12 +18,27 @@ from stages.files import Split, atomic_write
 SCORE_BATCH = 1000  # examples at a time, to bound memory; no result depends on it
 
 
+class Linear(nn.Linear):
+    """MLX's linear layer with its weight turned round, to float32 (inputs, outputs).
+
+    The gradient of the weight then comes in the layout of the weight and need not be copied.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight = mx.contiguous(self.weight.T)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map `x`, float32 (N, inputs), to float32 (N, outputs)."""
+        return mx.addmm(self.bias, x, self.weight)
+
+
 class MLP(nn.Module):
     """Linear layers from each of `layer_sizes` to the next, with ReLU in between."""
 
     def __init__(self, layer_sizes: list[int]) -> None:
         super().__init__()
-        self.layers = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(layer_sizes)]
+        self.layers = [Linear(inputs, outputs) for inputs, outputs in pairwise(layer_sizes)]
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """The logits, float32 (N, classes), of `pixels`, float32 (N, pixels)."""
@@ -61,13 +76,12 @@ class Metadata:
 
 
 def save_model(path: Path, model: MLP, metadata: Metadata) -> None:
-    """Write the weights, named as in `model`, and `metadata` (JSON values) as safetensors."""
+    """Write the parameters as `nn.Linear` has them, and `metadata` (JSON values) as safetensors."""
+    parameters = dict(tree_flatten(model.parameters()))
+    parameters = {name: array.T for name, array in parameters.items()}
+    entries = {key: json.dumps(value) for key, value in vars(metadata).items()}
     with atomic_write(path) as file:
-        mx.save_safetensors(
-            file,
-            dict(tree_flatten(model.parameters())),
-            {key: json.dumps(value) for key, value in vars(metadata).items()},
-        )
+        mx.save_safetensors(file, parameters, entries)
 
 
 def load_model(path: Path) -> tuple[MLP, Metadata]:
@@ -75,10 +89,10 @@ def load_model(path: Path) -> tuple[MLP, Metadata]:
     try:
         with path.open("rb") as file:
             loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
-        weights, entries = loaded
+        parameters, entries = loaded
         metadata = Metadata(**{key: json.loads(value) for key, value in entries.items()})
         model = MLP(metadata.layer_sizes)
-        model.load_weights(list(weights.items()))
+        model.load_weights([(name, mx.contiguous(array.T)) for name, array in parameters.items()])
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro train`") from None
     except (RuntimeError, TypeError, ValueError) as error:

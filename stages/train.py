@@ -5,15 +5,18 @@ The model, the loss and the loop are those of MLX's documentation.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Annotated
+
+from stages.blas import use_threads
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from numpy.typing import NDArray
 
 from stages.datasets import DATASETS, FetchParams
 from stages.errors import UserError, run
@@ -33,6 +36,7 @@ class TrainParams:
     learning_rate: Annotated[float, Range(1e-6, 100.0)]
     seed: Annotated[int, Range(0, 2**32 - 1)]
     device: Annotated[str, Choice(("cpu", "gpu"))]
+    threads: Annotated[int, Range(1, 256)]
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,39 @@ def loss_fn(model: MLP, pixels: mx.array, labels: mx.array) -> mx.array:
     return nn.losses.cross_entropy(model(pixels), labels, reduction="mean")
 
 
+def minibatches(
+    images: mx.array, labels: mx.array, order: NDArray[np.int64], batch_size: int, stream: mx.Stream
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """Yield the pixels and labels of each minibatch of the examples in `order`.
+
+    `stream` makes a minibatch ready while the default stream takes the step before.
+    """
+    ready = None
+    for start in range(0, len(order), batch_size):
+        batch = mx.array(order[start : start + batch_size])
+        with mx.stream(stream):
+            upcoming = to_pixels(images[batch]), labels[batch]
+        mx.async_eval(upcoming)
+        if ready:
+            yield ready
+        ready = upcoming
+    if ready:
+        yield ready
+
+
 def train_epoch(
-    model: MLP, optimizer: optim.SGD, images: mx.array, labels: mx.array, batches: list[mx.array]
+    model: MLP, optimizer: optim.SGD, batches: Iterable[tuple[mx.array, mx.array]]
 ) -> float:
-    """Take one step for each of `batches` (indices of examples); return the mean loss."""
+    """Take one step of SGD for each minibatch; return the mean loss of their examples."""
     loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
-    losses = []
-    for batch in batches:
-        loss, grads = loss_and_grad_fn(model, to_pixels(images[batch]), labels[batch])
+    losses, sizes = [], []
+    for pixels, labels in batches:
+        loss, grads = loss_and_grad_fn(model, pixels, labels)
         optimizer.update(model, grads)
-        mx.async_eval(loss, model.parameters(), optimizer.state)
-        losses.append(loss * len(batch))
-    return math.fsum(np.array(losses)) / sum(map(len, batches))
+        mx.async_eval(loss, model.parameters(), optimizer.state)  # do not wait for it
+        losses.append(loss)
+        sizes.append(len(labels))
+    return float(np.average(np.array(losses), weights=sizes))
 
 
 def train(
@@ -74,11 +99,11 @@ def train(
     """
     optimizer = optim.SGD(learning_rate=params.learning_rate)
     images, labels = mx.array(train_split.images), mx.array(train_split.labels)
+    stream = mx.new_stream(mx.default_device())
     for epoch in range(1, params.num_epochs + 1):
-        order = mx.array(np.random.default_rng((params.seed, epoch)).permutation(len(train_split)))
-        starts = range(0, len(order), params.batch_size)
-        batches = [order[start : start + params.batch_size] for start in starts]
-        train_loss = train_epoch(model, optimizer, images, labels, batches)
+        order = np.random.default_rng((params.seed, epoch)).permutation(len(train_split))
+        batches = minibatches(images, labels, order, params.batch_size, stream)
+        train_loss = train_epoch(model, optimizer, batches)
         if not math.isfinite(train_loss):
             raise UserError(
                 f"params.yaml: train.learning_rate is {params.learning_rate}, with which the loss"
@@ -104,6 +129,7 @@ def main() -> None:
     dataset_name = read_params("fetch", FetchParams).dataset
     params = read_params("train", TrainParams)
     select_device(params.device)
+    use_threads(params.threads)
     train_split = load_split(Path("data/train.npz"))
     validation_split = load_split(Path("data/validation.npz"))
     class_names = list(DATASETS[dataset_name].class_names)

@@ -17,6 +17,8 @@ from hashlib import sha256
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 
+import stages.blas  # noqa: F401
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -136,8 +138,10 @@ def running_mirror() -> Iterator[Mirror]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         mirror = Mirror(f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        yield mirror
-        server.shutdown()
+        try:
+            yield mirror
+        finally:
+            server.shutdown()
 
 
 @pytest.fixture(name="mirror")

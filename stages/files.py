@@ -2,12 +2,12 @@
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +17,22 @@ from stages.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open `path` for writing so that it appears, or changes, only when the block ends well."""
+    """Open `path` for writing so that it appears, or changes, only when the block ends well.
+
+    Raises `UserError` when the disk is full or the folder may not be written.
+    """
     part = path.with_name(f".{path.name}.part")  # one fixed name: a killed run leaves no litter
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             yield file
         part.replace(path)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UserError(f"{path}: cannot be written ({reason}); mend that and rerun") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
@@ -61,8 +68,8 @@ def load_split(path: Path) -> Split:
             split = Split(arrays["images"], arrays["labels"])
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro preprocess`") from None
-    except (BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from None
+    except Exception as error:  # zipfile and NumPy know a dozen kinds for damaged bytes
+        raise _damaged(path, " ".join(str(error).split())) from None
     if split.images.dtype != np.uint8 or split.labels.dtype != np.uint8:
         raise _damaged(path, "images and labels are not both uint8")
     if split.images.ndim != 2 or split.labels.shape != (len(split.images),):

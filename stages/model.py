@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,28 +77,54 @@ class Metadata:
 
 
 def save_model(path: Path, model: MLP, metadata: Metadata) -> None:
-    """Write the parameters as `nn.Linear` has them, and `metadata` (JSON values) as safetensors."""
+    """Write the parameters, as `nn.Linear` has them, and `metadata` to `path`."""
     parameters = dict(tree_flatten(model.parameters()))
-    parameters = {name: array.T for name, array in parameters.items()}
-    entries = {key: json.dumps(value) for key, value in vars(metadata).items()}
-    with atomic_write(path) as file:
-        mx.save_safetensors(file, parameters, entries)
+    save_arrays(path, {name: array.T for name, array in parameters.items()}, vars(metadata))
 
 
 def load_model(path: Path) -> tuple[MLP, Metadata]:
     """Read what `save_model` wrote. Raises `UserError` for a file that is missing or damaged."""
     try:
-        with path.open("rb") as file:
-            loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
-        parameters, entries = loaded
-        metadata = Metadata(**{key: json.loads(value) for key, value in entries.items()})
+        parameters, entries = load_arrays(path)
+        metadata = Metadata(**entries)
         model = MLP(metadata.layer_sizes)
         model.load_weights([(name, mx.contiguous(array.T)) for name, array in parameters.items()])
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro train`") from None
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         problem = str(error).partition("\n")[0]
         raise UserError(
             f"{path}: damaged ({problem}); remake it with `dvc repro --force train`"
         ) from None
     return model, metadata
+
+
+def save_arrays(path: Path, arrays: dict[str, mx.array], entries: dict[str, Any]) -> None:
+    """Write `arrays` to `path` as safetensors, with `entries` (as JSON) and a digest of it all."""
+    metadata = {key: json.dumps(value) for key, value in entries.items()}
+    with atomic_write(path) as file:
+        mx.save_safetensors(file, arrays, {**metadata, "sha256": _digest(arrays, metadata)})
+
+
+def load_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Read what `save_arrays` wrote. Raises `ValueError` for a damaged file."""
+    try:
+        with path.open("rb") as file:
+            loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
+            arrays, metadata = loaded
+            mx.eval(arrays)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # MLX has several kinds for damaged bytes
+        raise ValueError(" ".join(str(error).split())) from None
+    if metadata.pop("sha256", None) != _digest(arrays, metadata):
+        raise ValueError("its SHA-256 is not the one it names")
+    return arrays, {key: json.loads(value) for key, value in metadata.items()}
+
+
+def _digest(arrays: dict[str, mx.array], metadata: dict[str, str]) -> str:
+    digest = sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

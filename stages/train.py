@@ -16,13 +16,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
+from stages.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.datasets import DATASETS, FetchParams
 from stages.errors import UserError, run
 from stages.files import Split, load_split, save_csv
 from stages.model import MLP, Metadata, save_model, score, to_pixels
 from stages.params import Choice, Range, read_params
+
+# No output of the stage, for DVC removes those before it runs; Git ignores it.
+CHECKPOINT = Path("data/checkpoint.safetensors")
 
 
 @dataclass(frozen=True)
@@ -90,24 +95,29 @@ def train_epoch(
 
 
 def train(
-    model: MLP, train_split: Split, validation_split: Split, params: TrainParams
+    model: MLP,
+    optimizer: optim.SGD,
+    train_split: Split,
+    validation_split: Split,
+    params: TrainParams,
+    first_epoch: int = 1,
 ) -> Iterator[Epoch]:
     """Train `model` in place, pausing after each epoch to tell how it went.
 
     The order of the examples in an epoch depends on `params.seed` and the epoch alone. Raises
-    `UserError` when the loss is no longer a finite number.
+    `UserError` when the loss or a weight is no longer a finite number.
     """
-    optimizer = optim.SGD(learning_rate=params.learning_rate)
     images, labels = mx.array(train_split.images), mx.array(train_split.labels)
     stream = mx.new_stream(mx.default_device())
-    for epoch in range(1, params.num_epochs + 1):
+    for epoch in range(first_epoch, params.num_epochs + 1):
         order = np.random.default_rng((params.seed, epoch)).permutation(len(train_split))
         batches = minibatches(images, labels, order, params.batch_size, stream)
         train_loss = train_epoch(model, optimizer, batches)
-        if not math.isfinite(train_loss):
+        parameters = dict(tree_flatten(model.parameters())).values()
+        if not (math.isfinite(train_loss) and all(mx.isfinite(p).all() for p in parameters)):
             raise UserError(
-                f"params.yaml: train.learning_rate is {params.learning_rate}, with which the loss"
-                f" is {train_loss} in epoch {epoch}; try a lower one"
+                f"params.yaml: train.learning_rate is {params.learning_rate}, with which training"
+                f" diverges in epoch {epoch} (loss {train_loss:.4g}); try a lower one"
             )
         validation_loss = validation_accuracy = None
         if len(validation_split):
@@ -115,6 +125,16 @@ def train(
             correct = int((predictions == validation_split.labels).sum())
             validation_accuracy = correct / len(validation_split)
         yield Epoch(epoch, train_loss, validation_loss, validation_accuracy)
+
+
+def summary(epoch: Epoch, num_epochs: int) -> str:
+    """The figures of an epoch in a line."""
+    line = f"epoch {epoch.epoch:{len(str(num_epochs))}}/{num_epochs}"
+    line += f"  train loss {epoch.train_loss:.4f}"
+    if epoch.validation_loss is not None:
+        line += f"  validation loss {epoch.validation_loss:.4f}"
+        line += f"  accuracy {epoch.validation_accuracy:.4f}"
+    return line
 
 
 def select_device(name: str) -> None:
@@ -139,20 +159,23 @@ def main() -> None:
     )
     mx.random.seed(params.seed)
     model = MLP(metadata.layer_sizes)
-    history = []
+    optimizer = optim.SGD(learning_rate=params.learning_rate)
+    splits = (train_split, validation_split)
+    key = run_key(params, splits)
+    history = [Epoch(*row) for row in load_checkpoint(CHECKPOINT, key, model, optimizer)]
+    if history:
+        print(f"resumed after epoch {len(history)}, where an earlier run stopped", flush=True)
     started = time.perf_counter()
-    for epoch in train(model, train_split, validation_split, params):
+    for epoch in train(model, optimizer, *splits, params, first_epoch=len(history) + 1):
         history.append(epoch)
+        save_checkpoint(CHECKPOINT, key, model, optimizer, [astuple(row) for row in history])
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        line = f"epoch {epoch.epoch:{len(str(params.num_epochs))}}/{params.num_epochs}"
-        line += f"  train loss {epoch.train_loss:.4f}"
-        if epoch.validation_loss is not None:
-            line += f"  validation loss {epoch.validation_loss:.4f}"
-            line += f"  accuracy {epoch.validation_accuracy:.4f}"
-        print(f"{line}  {len(train_split) / seconds:,.0f} examples/s", flush=True)
+        rate = f"{len(train_split) / seconds:,.0f} examples/s"
+        print(f"{summary(epoch, params.num_epochs)}  {rate}", flush=True)
     save_model(Path("data/model.safetensors"), model, metadata)
     columns = [field.name for field in fields(Epoch)]
     save_csv(Path("metrics/history.csv"), columns, map(astuple, history))
+    CHECKPOINT.unlink()
 
 
 if __name__ == "__main__":

@@ -157,12 +157,21 @@ class Project:
     root: Path
     mirror: Mirror
 
-    def run(self, *command: str, ok: bool = True) -> str:
-        """Run a command as in an activated environment; return what it printed."""
+    def environment(self) -> dict[str, str]:
+        """What an activated environment is, with the mirror to fetch from."""
         binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        env = {**os.environ, **GIT_IDENTITY, "PATH": binaries, "DATA_MIRROR": self.mirror.url}
+        return {**os.environ, **GIT_IDENTITY, "PATH": binaries, "DATA_MIRROR": self.mirror.url}
+
+    def run(self, *command: str, ok: bool = True) -> str:
+        """Run a command in it; return what it printed."""
         done = subprocess.run(
-            command, cwd=self.root, env=env, stdout=PIPE, stderr=STDOUT, text=True, check=False
+            command,
+            cwd=self.root,
+            env=self.environment(),
+            stdout=PIPE,
+            stderr=STDOUT,
+            text=True,
+            check=False,
         )
         assert (done.returncode == 0) == ok, done.stdout
         return done.stdout

@@ -3,6 +3,11 @@
 import ast
 import csv
 import json
+import os
+import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ import yaml
 from stages.datasets import DATASETS
 from stages.fetch import MIRRORS
 from tests.conftest import NUM_TEST, ROOT, SMALL, Mirror, Project, clone, commit, running_mirror
+from tests.drill import drill
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 RESULTS = ("data/model.safetensors", "metrics/history.csv", "metrics/accuracy.json")
@@ -133,6 +139,33 @@ def test_a_bad_param_costs_nothing(old: str, new: str, message: str, finished: P
     finished.edit("params.yaml", new, old)
     assert finished.repro() == []
     assert {name: finished.read(name) for name in RESULTS} == before
+
+
+def test_killed_runs_lose_nothing(finished: Project) -> None:
+    hits = drill(finished, kills=2, seed=0)
+    assert sum(count for hit, count in hits.items() if hit.startswith("SIG")) == 4
+
+
+def test_an_interrupted_training_goes_on(finished: Project) -> None:
+    finished.edit("params.yaml", "num_epochs: 10", "num_epochs: 300")
+    checkpoint = finished.root / "data/checkpoint.safetensors"
+    process = subprocess.Popen(
+        ["dvc", "repro", "--quiet"],
+        cwd=finished.root,
+        env=finished.environment(),
+        start_new_session=True,
+    )
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert re.search(r"^resumed after epoch \d+,", finished.run("dvc", "repro"), re.MULTILINE)
+    assert not checkpoint.exists()
+    resumed = {name: finished.read(name) for name in RESULTS}
+    assert "resumed" not in finished.run("dvc", "repro", "--force", "--single-item", "train")
+    finished.run("dvc", "repro", "--force", "--single-item", "evaluate")
+    assert {name: finished.read(name) for name in RESULTS} == resumed
 
 
 def test_a_failed_download_says_what_to_do(finished: Project) -> None:

@@ -110,3 +110,21 @@ def test_damaged_splits(tmp_path: Path) -> None:
         save_split(path, wrong)
         with pytest.raises(UserError, match=r"split\.npz: damaged \("):
             load_split(path)
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "split.npz"
+    good = decode_split(IMAGES, LABELS, num_classes=10)
+    save_split(path, good)
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            split = load_split(path)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+        else:  # a bit that says nothing, as of the archive's dates
+            assert split.images.tolist() == good.images.tolist()
+            assert split.labels.tolist() == good.labels.tolist()

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from stages.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.errors import UserError
 from stages.files import Split
 from stages.model import MLP, Metadata, load_model, save_model, score
@@ -38,7 +39,8 @@ def trained(
 ) -> tuple[dict[str, mx.array], list[Epoch]]:
     mx.random.seed(params.seed)
     model = MLP([784, *[params.hidden_dim] * params.num_layers, 10])
-    history = list(train(model, TRAIN, validation_split, params))
+    optimizer = optim.SGD(learning_rate=params.learning_rate)
+    history = list(train(model, optimizer, TRAIN, validation_split, params))
     weights = dict(tree_flatten(model.parameters()))
     return {name: array.T for name, array in weights.items()}, history
 
@@ -129,8 +131,64 @@ def test_no_validation_split() -> None:
 
 
 def test_divergence_stops_training() -> None:
-    with pytest.raises(UserError, match=r"learning_rate is 100\.0, .* in epoch 1; try a lower"):
+    with pytest.raises(UserError, match=r"learning_rate is 100\.0, .* in epoch 1 .*; try"):
         trained(replace(PARAMS, learning_rate=100.0, num_layers=10))
+
+
+def test_divergence_of_a_weight_alone_stops_training() -> None:
+    model = MLP([784, 4, 10])
+    model.layers[0].bias = mx.full((4,), -mx.inf)  # behind ReLU it is not seen in the loss
+    with pytest.raises(UserError, match=r"diverges in epoch 1 \(loss \d"):
+        list(train(model, optim.SGD(learning_rate=0.1), TRAIN, EMPTY, PARAMS))
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2, 3])
+def test_a_resumed_run_ends_as_an_undisturbed_one(stopped_after: int, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    weights, history = trained(PARAMS)
+    key = run_key(PARAMS, (TRAIN, VALIDATION))
+
+    def start() -> tuple[MLP, optim.SGD]:
+        mx.random.seed(PARAMS.seed)
+        return MLP([784, 32, 32, 10]), optim.SGD(learning_rate=PARAMS.learning_rate)
+
+    model, optimizer = start()
+    epochs = train(model, optimizer, TRAIN, VALIDATION, PARAMS)
+    rows = [astuple(next(epochs)) for _ in range(stopped_after)]
+    save_checkpoint(path, key, model, optimizer, rows)
+
+    model, optimizer = start()
+    resumed = [Epoch(*row) for row in load_checkpoint(path, key, model, optimizer)]
+    assert len(resumed) == stopped_after
+    resumed += train(model, optimizer, TRAIN, VALIDATION, PARAMS, first_epoch=stopped_after + 1)
+    assert resumed == history
+    for name, array in dict(tree_flatten(model.parameters())).items():
+        assert np.array_equal(array.T, weights[name])
+
+
+def test_the_checkpoint_of_another_run_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    model, optimizer = MLP([784, 10]), optim.SGD(learning_rate=0.1)
+    key = run_key(PARAMS, (TRAIN, VALIDATION))
+    save_checkpoint(path, key, model, optimizer, [(1, 0.5, None, None)])
+    assert load_checkpoint(path, key, model, optimizer) == [[1, 0.5, None, None]]
+    others = {
+        run_key(replace(PARAMS, num_epochs=4), (TRAIN, VALIDATION)),
+        run_key(PARAMS, (TRAIN, EMPTY)),
+        run_key(PARAMS, (VALIDATION, TRAIN)),
+    }
+    assert key not in others
+    for other in others:
+        assert load_checkpoint(path, other, model, optimizer) == []
+    whole = bytearray(path.read_bytes())
+    for damaged in (whole[:-1], whole[:50], b"", bytes(whole[:-9]) + b"\x55" + bytes(whole[-8:])):
+        path.write_bytes(damaged)
+        assert load_checkpoint(path, key, model, optimizer) == []
+    save_model(path, model, Metadata([784, 10], "mnist", list("0123456789")))
+    assert load_checkpoint(path, key, model, optimizer) == []
+    with pytest.raises(UserError, match="damaged"):
+        save_checkpoint(path, key, model, optimizer, [])
+        load_model(path)
 
 
 def test_a_device_that_is_not_there() -> None:
@@ -161,10 +219,34 @@ def test_damaged_model_files(tmp_path: Path) -> None:
     metadata = Metadata([784, 16, 10], "mnist", list("0123456789"))
     save_model(path, MLP(metadata.layer_sizes), metadata)
     whole = path.read_bytes()
-    for damaged in (b"", b"junk", whole[:500], whole.replace(b"layer_sizes", b"layer_sises")):
+    for damaged in (
+        b"",
+        b"junk",
+        whole[:500],
+        whole.replace(b"784, 16", b"784, 61"),
+        whole[:-1] + b"\x55",
+    ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"model\.safetensors: damaged \("):
             load_model(path)
     save_model(path, MLP([784, 17, 10]), metadata)
     with pytest.raises(UserError, match=r"model\.safetensors: damaged \("):
         load_model(path)
+
+
+def test_no_flipped_bit_of_a_model_goes_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path, MLP([4, 3, 2]), Metadata([4, 3, 2], "mnist", ["a", "b"]))
+    whole = path.read_bytes()
+    good, metadata = load_model(path)
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            model, named = load_model(path)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert named == metadata
+            assert mx.array_equal(model(mx.ones((1, 4))), good(mx.ones((1, 4))))

@@ -1,0 +1,50 @@
+"""Keep the progress of a training run, so that an interrupted one goes on where it stopped."""
+
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from stages.files import Split
+from stages.model import MLP, load_arrays, save_arrays
+
+
+def run_key(params: object, splits: Iterable[Split]) -> str:
+    """A digest of all that the outcome of a run depends on: the params, the data, the code."""
+    digest = sha256(repr(params).encode())
+    for split in splits:
+        digest.update(repr(split.images.shape).encode())
+        digest.update(split.images.data)
+        digest.update(split.labels.data)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    path: Path, key: str, model: MLP, optimizer: optim.Optimizer, rows: list[Any]
+) -> None:
+    """Write all that the next epoch needs, and the `rows` of the history so far, to `path`."""
+    state = {"model": model.parameters(), "optimizer": optimizer.state}
+    save_arrays(path, dict(tree_flatten(state)), {"key": key, "rows": rows})
+
+
+def load_checkpoint(path: Path, key: str, model: MLP, optimizer: optim.Optimizer) -> list[Any]:
+    """Put `model` and `optimizer` where a run with the same `key` stopped; return its rows.
+
+    Without such a run, or if its checkpoint is damaged, all stays as it is and there are no rows.
+    """
+    try:
+        arrays, entries = load_arrays(path)
+    except (FileNotFoundError, ValueError):
+        return []
+    if entries.get("key") != key:
+        return []
+    state = tree_unflatten(list(arrays.items()))
+    model.update(state["model"])
+    optimizer.state = state["optimizer"]
+    rows: list[Any] = entries["rows"]
+    return rows

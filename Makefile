@@ -11,6 +11,7 @@
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+IN_PYTHON = $(if $(PYTHON), in $(PYTHON))
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes
 
 repro: .venv/installed
@@ -35,9 +36,10 @@ LOCK := --quiet --upgrade --universal --fork-strategy fewest --generate-hashes -
 	--custom-compile-command "make lock"
 
 .venv/installed: requirements.txt
-	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { echo >&2 "error: no Python 3.11 to 3.14$(if \
-		$(PYTHON), in $(PYTHON)); install one (apt install python3 python3-venv, brew install" \
-		"python@3.14) or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo >&2 "error: no Python 3.11 to 3.14$(IN_PYTHON); install one (apt install python3" \
+		"python3-venv, brew install python@3.14) or name one: make PYTHON=/path/to/python3"; \
+		exit 1; }
 	@case "$$("$(PYTHON)" -c 'import platform as p; print(p.system(), p.machine())')" in \
 		"Linux x86_64" | "Linux aarch64" | "Darwin arm64") ;; \
 		*) echo >&2 "error: MLX has no package for this machine, only for Linux on x86-64 and" \

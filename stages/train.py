@@ -175,7 +175,7 @@ def main() -> None:
     save_model(Path("data/model.safetensors"), model, metadata)
     columns = [field.name for field in fields(Epoch)]
     save_csv(Path("metrics/history.csv"), columns, map(astuple, history))
-    CHECKPOINT.unlink()
+    CHECKPOINT.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

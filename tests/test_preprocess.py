@@ -7,7 +7,7 @@ from stages.datasets import DATASETS
 from stages.errors import UserError
 from stages.files import Split, load_split, save_split
 from stages.preprocess import decode_idx, decode_split, hold_out, read_raw
-from tests.conftest import NUM_TRAIN, idx
+from tests.conftest import NUM_TRAIN, idx, write_files
 
 IMAGES = idx(np.arange(3 * 2 * 2, dtype=np.uint8).reshape(3, 2, 2))
 LABELS = idx(np.array([0, 9, 5], np.uint8))
@@ -67,18 +67,17 @@ def test_hold_out(size: int) -> None:
 
 
 def test_raw_files_are_verified(tmp_path: Path, small_datasets: dict[str, bytes]) -> None:
-    for name, data in small_datasets.items():
-        (tmp_path / name).write_bytes(data)
-    assert len(read_raw(tmp_path, "train", DATASETS["mnist"])) == NUM_TRAIN
-    path = tmp_path / "train-labels-idx1-ubyte"
+    folder = write_files(tmp_path / "raw", small_datasets)
+    assert len(read_raw(folder, "train", DATASETS["mnist"])) == NUM_TRAIN
+    path = folder / "train-labels-idx1-ubyte"
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(UserError, match=rf"{path}: damaged; get it again with `dvc repro --force"):
-        read_raw(tmp_path, "train", DATASETS["mnist"])
+        read_raw(folder, "train", DATASETS["mnist"])
     path.unlink()
     with pytest.raises(UserError, match=f"{path}: not found"):
-        read_raw(tmp_path, "train", DATASETS["mnist"])
+        read_raw(folder, "train", DATASETS["mnist"])
 
 
 def test_a_split_is_the_same_bytes_each_time(tmp_path: Path) -> None:

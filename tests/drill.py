@@ -12,9 +12,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
-from tests.conftest import SMALL, Project, clone, commit, running_mirror, shrink
+from tests.conftest import SMALL, Project, clone, finish, running_mirror, shrink
 
 OUTPUTS = (
     "data/raw/train-images-idx3-ubyte",
@@ -29,8 +30,11 @@ OUTPUTS = (
 )
 
 
-def interrupt(project: Project, sign: signal.Signals, seconds: float) -> str:
-    """Start `dvc repro --force`, signal all its processes after `seconds`; return its output."""
+def interrupt(project: Project, sign: signal.Signals, seconds: float) -> str | None:
+    """Start `dvc repro --force`, signal all its processes after `seconds`; return its output.
+
+    None says that the run had ended before the signal.
+    """
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             ["dvc", "repro", "--force"],
@@ -40,11 +44,11 @@ def interrupt(project: Project, sign: signal.Signals, seconds: float) -> str:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, sign)
-            process.wait(30)
+            return None
+        os.killpg(process.pid, sign)
+        process.wait(30)
         deadline = time.monotonic() + 5
         while has_processes(process.pid):  # an orphan would go on writing
             assert time.monotonic() < deadline
@@ -87,16 +91,16 @@ def drill(project: Project, kills: int, seed: int) -> Counter[str]:
     duration = time.monotonic() - started
     chance = random.Random(seed)
     hits: Counter[str] = Counter()
-    for _ in range(kills):
-        for sign in (signal.SIGKILL, signal.SIGINT):
-            printed = interrupt(project, sign, chance.uniform(0.3, duration))
-            if sign is signal.SIGINT:
-                # Before main, while it starts, Python itself may tell of the interruption.
-                assert not re.search(r'stages/\w+\.py", line \d+, in main', printed), printed
-            stages = re.findall("Running stage '(.*)'", printed)
-            hits[f"{sign.name} in {stages[-1] if stages else 'dvc'}"] += 1
-            hits["resumed"] += "resumed after epoch" in printed
-            hits["dvc.lock torn"] += mend_lock(project)
+    for sign in (signal.SIGKILL, signal.SIGINT) * kills:
+        while (printed := interrupt(project, sign, chance.uniform(0.3, duration))) is None:
+            pass
+        if sign is signal.SIGINT:
+            # Before main, while it starts, Python itself may tell of the interruption.
+            assert not re.search(r'stages/\w+\.py", line \d+, in main', printed), printed
+        stages = re.findall("Running stage '(.*)'", printed)
+        hits[f"{sign.name} in {stages[-1] if stages else 'dvc'}"] += 1
+        hits["resumed"] += "resumed after epoch" in printed
+        hits["dvc.lock torn"] += mend_lock(project)
     project.run("dvc", "repro", "--force")  # else the run-cache might have it all
     assert {name: project.read(name) for name in OUTPUTS} == undisturbed
     litter = [path for path in project.root.glob("[dm]*/**/*") if path.name.endswith(".part")]
@@ -114,9 +118,7 @@ def main() -> None:
         project = clone(Path(folder), mirror)
         shrink(project)
         project.edit("params.yaml", "num_epochs: 10", "num_epochs: 100")
-        commit(project, "Start")
-        project.run("dvc", "repro")
-        commit(project, "Run")
+        finish(project)
         for hit, count in sorted(drill(project, kills, seed=kills).items()):
             print(f"{count:4} {hit}")
     print("nothing lost, nothing wrong")

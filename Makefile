@@ -1,21 +1,28 @@
 # make repro   bring every result up to date
+# make verify  repro, after damage: DVC trusts no file that it has not read again
 # make test    run the tests
 # make lint    check style, format and types
 # make bench   time the train loop against PyTorch, JAX and MLX as it comes
 # make lock    renew the locked versions from pyproject.toml
 # Each sets up .venv first if it is missing. PYTHON=python3.12 chooses the Python for it.
 
-.PHONY: repro test lint bench lock
+.PHONY: repro verify test lint bench lock
 
 # The Pythons that the locked packages have wheels for.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 IN_PYTHON = $(if $(PYTHON), in $(PYTHON))
+DVC := PATH="$(CURDIR)/.venv/bin:$$PATH" dvc
 PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes
 
 repro: .venv/installed
-	PATH="$(CURDIR)/.venv/bin:$$PATH" dvc repro
+	$(DVC) repro
+
+# DVC reads a file again when it is newer, one of its cache also when it may be written.
+verify: .venv/installed
+	find "$$($(DVC) cache dir)" data -type f -exec touch {} + -exec chmod u+w {} +
+	$(DVC) repro || $(DVC) repro --force
 
 test: .venv/installed
 	.venv/bin/python -m pytest

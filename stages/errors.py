@@ -19,5 +19,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except PermissionError as error:
+        sys.exit(f"error: {error.filename}: permission denied; mend that and rerun")
     except KeyboardInterrupt:
         sys.exit("interrupted")

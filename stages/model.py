@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from stages.errors import UserError
-from stages.files import Split, atomic_write
+from stages.files import DamagedError, Split, atomic_write, verify
 
 SCORE_BATCH = 1000  # examples at a time, to bound memory; no result depends on it
 
@@ -75,6 +75,19 @@ class Metadata:
     dataset: str
     class_names: list[str]
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError` if this describes no network."""
+        sizes, names = self.layer_sizes, self.class_names
+        if not (
+            isinstance(sizes, list)
+            and len(sizes) >= 2
+            and all(type(size) is int and 0 < size < 2**31 for size in sizes)
+            and isinstance(names, list)
+            and len(names) == sizes[-1]
+            and all(isinstance(name, str) for name in (self.dataset, *names))
+        ):
+            raise ValueError("its metadata describe no network")
+
 
 def save_model(path: Path, model: MLP, metadata: Metadata) -> None:
     """Write the parameters, as `nn.Linear` has them, and `metadata` to `path`."""
@@ -84,6 +97,7 @@ def save_model(path: Path, model: MLP, metadata: Metadata) -> None:
 
 def load_model(path: Path) -> tuple[MLP, Metadata]:
     """Read what `save_model` wrote. Raises `UserError` for a file that is missing or damaged."""
+    verify(path)
     try:
         parameters, entries = load_arrays(path)
         metadata = Metadata(**entries)
@@ -92,10 +106,7 @@ def load_model(path: Path) -> tuple[MLP, Metadata]:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro train`") from None
     except (TypeError, ValueError) as error:
-        problem = str(error).partition("\n")[0]
-        raise UserError(
-            f"{path}: damaged ({problem}); remake it with `dvc repro --force train`"
-        ) from None
+        raise DamagedError(path, " ".join(str(error).split())) from None
     return model, metadata
 
 
@@ -112,14 +123,16 @@ def load_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
         with path.open("rb") as file:
             loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
             arrays, metadata = loaded
+            if sum(array.nbytes for array in arrays.values()) > path.stat().st_size:
+                raise ValueError("its arrays overlap")  # a little file could become a huge one
             mx.eval(arrays)
-    except FileNotFoundError:
+        if metadata.pop("sha256", None) != _digest(arrays, metadata):
+            raise ValueError("its SHA-256 is not the one it names")
+        return arrays, {key: json.loads(value) for key, value in metadata.items()}
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # MLX has several kinds for damaged bytes
         raise ValueError(" ".join(str(error).split())) from None
-    if metadata.pop("sha256", None) != _digest(arrays, metadata):
-        raise ValueError("its SHA-256 is not the one it names")
-    return arrays, {key: json.loads(value) for key, value in metadata.items()}
 
 
 def _digest(arrays: dict[str, mx.array], metadata: dict[str, str]) -> str:

@@ -18,6 +18,8 @@ from stages.errors import UserError
 # Named after the stages that own them; a section of another name is a slip of the pen.
 SECTIONS = ("fetch", "preprocess", "train")
 
+MAX_SIZE = 1 << 16  # bytes of the file, to bound memory and time
+
 _NOUNS = {int: "a whole number ", float: "a number ", str: ""}
 
 T = TypeVar("T")
@@ -64,6 +66,8 @@ def read_params(section: str, params_class: type[T], path: Path = Path("params.y
 
 def _load(data: bytes) -> Any:
     """Parse YAML, refusing keys that stand twice in the file or in a section of it."""
+    if len(data) > MAX_SIZE:
+        raise ValueError(f"has {len(data):,} bytes, more than params need; cut it down")
     loader = _Loader(data)
     root = loader.get_single_node()
     _refuse_duplicates(root, "")
@@ -76,11 +80,11 @@ def _load(data: bytes) -> Any:
 def _refuse_duplicates(node: yaml.Node | None, prefix: str) -> None:
     lines: dict[str, int] = {}
     for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-        line = key.start_mark.line + 1
-        if key.value in lines:
-            where = f"lines {lines[key.value]} and {line}"
-            raise ValueError(f"{prefix}{key.value} stands twice, in {where}; keep one of them")
-        lines[key.value] = line
+        line, name = key.start_mark.line + 1, str(key.value)
+        if name in lines:
+            where = f"lines {lines[name]} and {line}"
+            raise ValueError(f"{prefix}{name:.60} stands twice, in {where}; keep one of them")
+        lines[name] = line
 
 
 def _known(mapping: Any, prefix: str, known: Collection[str]) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def _known(mapping: Any, prefix: str, known: Collection[str]) -> dict[str, Any]:
         if key not in known:
             meant = get_close_matches(str(key), known, 1)
             remedy = f"did you mean {prefix}{meant[0]}?" if meant else f"known: {', '.join(known)}"
-            raise ValueError(f"{prefix}{key} is unknown; {remedy}")
+            raise ValueError(f"{prefix}{key!s:.60} is unknown; {remedy}")
     return mapping
 
 
@@ -124,16 +128,36 @@ def _one_line(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, DVC 1.2: refuse whole numbers on which they differ.
+    """PyYAML reads YAML 1.1, DVC 1.2: refuse numbers on which they differ.
 
-    010 is 8 in the one and 10 in the other, 1:30 is 90 in the one and text in the other.
+    010 is 8 in the one and 10 in the other, 1:30 is 90 in the one and text in the other. Refuse
+    aliases too, by which a few lines could stand for more values than memory holds.
     """
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value):
-            line = node.start_mark.line + 1
-            raise ValueError(f"line {line}: {node.value} is no plain decimal number; write one")
+        """Construct a whole number from decimal digits."""
+        _refuse_unless(r"[-+]?(0|[1-9][0-9]*)", node)
         return int(node.value)
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        """Construct a number that is not in base 60."""
+        _refuse_unless("[^:]*", node)
+        return super().construct_yaml_float(node)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose the next node, if it is no alias."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            line = event.start_mark.line + 1
+            raise ValueError(f"line {line}: *{event.anchor} is an alias; write the value itself")
+        return super().compose_node(parent, index)
+
+
+def _refuse_unless(pattern: str, node: yaml.ScalarNode) -> None:
+    if not re.fullmatch(pattern, node.value):
+        line = node.start_mark.line + 1
+        raise ValueError(f"line {line}: {node.value} is no plain decimal number; write one")
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from stages.datasets import DATASETS, Dataset, FetchParams
 from stages.errors import UserError, run
-from stages.files import Split, save_split
+from stages.files import DamagedError, Split, save_split
 from stages.params import Range, read_params
 
 DATA = Path("data")
@@ -85,7 +85,7 @@ def _read_verified(path: Path, dataset: Dataset) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; get it with `dvc repro fetch`") from None
     if sha256(data).hexdigest() != dataset.digests[path.name]:
-        raise UserError(f"{path}: damaged; get it again with `dvc repro --force fetch`")
+        raise DamagedError(path, "other bytes than those of the data set")
     return data
 
 

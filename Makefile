@@ -55,6 +55,8 @@ LOCK := --quiet --upgrade --universal --fork-strategy fewest --generate-hashes -
 	"$(PYTHON)" -m venv --clear .venv
 	$(PIP_INSTALL) -r requirements.txt
 	.venv/bin/python -m stages.blas
+	.venv/bin/python -c "import vl_convert as vl; print(vl.javascript_bundle(vl_version='5.21'))" \
+		> .venv/vega.js  # for .dvc/plots.html
 	@touch $@
 
 .venv/lint-installed: .ci/requirements.txt .venv/installed

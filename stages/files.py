@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import json
 import math
 import os
 import zipfile
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
@@ -53,6 +54,12 @@ def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]
         writer.writerow(header)
         for row in rows:
             writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row)
+
+
+def save_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` as JSON, a line each."""
+    with atomic_write(path) as file:
+        file.write(f"{json.dumps(values, indent=2)}\n".encode())
 
 
 def verify(path: Path) -> None:

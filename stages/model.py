@@ -35,17 +35,18 @@ class Linear(nn.Linear):
 
 
 class MLP(nn.Module):
-    """Linear layers from each of `layer_sizes` to the next, with ReLU in between."""
+    """Linear layers from each of `layer_sizes` to the next, with ReLU and dropout in between."""
 
-    def __init__(self, layer_sizes: list[int]) -> None:
+    def __init__(self, layer_sizes: list[int], dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.layers = [Linear(inputs, outputs) for inputs, outputs in pairwise(layer_sizes)]
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """The logits, float32 (N, classes), of `pixels`, float32 (N, pixels)."""
         activations = pixels
         for layer in self.layers[:-1]:
-            activations = mx.maximum(layer(activations), 0)
+            activations = self.dropout(mx.maximum(layer(activations), 0))
         logits: mx.array = self.layers[-1](activations)
         return logits
 
@@ -55,16 +56,38 @@ def to_pixels(images: mx.array) -> mx.array:
     return images.astype(mx.float32) / 255
 
 
-def score(model: MLP, split: Split) -> tuple[float, NDArray[np.uint8]]:
-    """Return the mean cross entropy (nats) of a split and its predicted labels, uint8 (N,)."""
-    losses, predictions = [], []
+@dataclass(frozen=True)
+class Scores:
+    """How a model does on N examples.
+
+    `loss` is the mean cross entropy (nats), `predictions` the labels of the greatest logits, uint8
+    (N,), `confidences` the softmax probabilities of these, float32 (N,), `correct` bool (N,).
+    """
+
+    loss: float
+    predictions: NDArray[np.uint8]
+    confidences: NDArray[np.float32]
+    correct: NDArray[np.bool_]
+
+
+def score(model: MLP, split: Split) -> Scores:
+    """Score a model on a split, without dropout."""
+    model.eval()
+    losses, predictions, confidences = [], [], []
     for start in range(0, len(split), SCORE_BATCH):
         part = slice(start, start + SCORE_BATCH)
         logits = model(to_pixels(mx.array(split.images[part])))
         labels = mx.array(split.labels[part])
         losses.append(np.array(nn.losses.cross_entropy(logits, labels)))
         predictions.append(np.array(logits.argmax(axis=1), np.uint8))
-    return float(np.concatenate(losses).mean(dtype=np.float64)), np.concatenate(predictions)
+        confidences.append(np.array(mx.softmax(logits, axis=1).max(axis=1)))
+    predicted = np.concatenate(predictions)
+    return Scores(
+        loss=float(np.concatenate(losses).mean(dtype=np.float64)),
+        predictions=predicted,
+        confidences=np.concatenate(confidences),
+        correct=predicted == split.labels,
+    )
 
 
 @dataclass(frozen=True)

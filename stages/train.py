@@ -1,4 +1,4 @@
-"""Train the multi-layer perceptron by SGD: data/model.safetensors and metrics/history.csv.
+"""Train the multi-layer perceptron by SGD: data/model.safetensors, and how that went in metrics/.
 
 The model, the loss and the loop are those of MLX's documentation.
 """
@@ -6,9 +6,9 @@ The model, the loss and the loop are those of MLX's documentation.
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from stages.blas import use_threads
 
@@ -17,12 +17,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
-from numpy.typing import NDArray
 
 from stages.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.datasets import DATASETS, FetchParams
 from stages.errors import UserError, run
-from stages.files import Split, load_split, save_csv
+from stages.files import Split, load_split, save_csv, save_json
 from stages.model import MLP, Metadata, save_model, score, to_pixels
 from stages.params import Choice, Range, read_params
 
@@ -36,9 +35,13 @@ class TrainParams:
 
     num_layers: Annotated[int, Range(0, 100)]
     hidden_dim: Annotated[int, Range(1, 8192)]
+    dropout: Annotated[float, Range(0.0, 0.9)]
+    max_shift: Annotated[int, Range(0, 8)]
     batch_size: Annotated[int, Range(1, 60_000)]
     num_epochs: Annotated[int, Range(1, 10_000)]
     learning_rate: Annotated[float, Range(1e-6, 100.0)]
+    learning_rate_schedule: Annotated[str, Choice(("constant", "linear", "cosine"))]
+    momentum: Annotated[float, Range(0.0, 0.999)]
     seed: Annotated[int, Range(0, 2**32 - 1)]
     device: Annotated[str, Choice(("cpu", "gpu"))]
     threads: Annotated[int, Range(1, 256)]
@@ -59,18 +62,53 @@ def loss_fn(model: MLP, pixels: mx.array, labels: mx.array) -> mx.array:
     return nn.losses.cross_entropy(model(pixels), labels, reduction="mean")
 
 
-def minibatches(
-    images: mx.array, labels: mx.array, order: NDArray[np.int64], batch_size: int, stream: mx.Stream
-) -> Iterator[tuple[mx.array, mx.array]]:
-    """Yield the pixels and labels of each minibatch of the examples in `order`.
+def sgd(params: TrainParams, num_steps: int) -> optim.SGD:
+    """The optimizer; its learning rate falls to zero in `num_steps` unless it is constant."""
+    learning_rate: Any = {
+        "constant": params.learning_rate,
+        "linear": optim.linear_schedule(params.learning_rate, 0.0, num_steps),
+        "cosine": optim.cosine_decay(params.learning_rate, num_steps),
+    }[params.learning_rate_schedule]
+    return optim.SGD(learning_rate, params.momentum)
 
-    `stream` makes a minibatch ready while the default stream takes the step before.
+
+def shift(images: mx.array, offsets: mx.array, max_shift: int) -> mx.array:
+    """Cut each of the square `images`, (N, pixels), out of itself with a margin of `max_shift`.
+
+    `offsets`, int (N, 2), are the first row and column of the cut, from 0 to 2 * `max_shift`.
     """
+    side = math.isqrt(images.shape[1])
+    width = side + 2 * max_shift
+    margins = [(0, 0), (max_shift, max_shift), (max_shift, max_shift)]
+    padded = mx.pad(images.reshape(-1, side, side), margins).reshape(-1, width * width)
+    cut = (width * mx.arange(side)[:, None] + mx.arange(side)).reshape(-1)
+    first = width * offsets[:, :1] + offsets[:, 1:]
+    return mx.take_along_axis(padded, first + cut, axis=1)
+
+
+def minibatches(
+    images: mx.array,
+    labels: mx.array,
+    batch_size: int,
+    max_shift: int,
+    random: np.random.Generator,
+    stream: mx.Stream,
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """Yield the pixels and labels of each minibatch, all examples once in random order.
+
+    Each image is moved at random by up to `max_shift` pixels down or up, right or left. `stream`
+    makes a minibatch ready while the default stream takes the step before.
+    """
+    order = random.permutation(len(labels))
     ready = None
     for start in range(0, len(order), batch_size):
         batch = mx.array(order[start : start + batch_size])
         with mx.stream(stream):
-            upcoming = to_pixels(images[batch]), labels[batch]
+            chosen = images[batch]
+            if max_shift:
+                offsets = random.integers(0, 2 * max_shift + 1, (len(batch), 2))
+                chosen = shift(chosen, mx.array(offsets), max_shift)
+            upcoming = to_pixels(chosen), labels[batch]
         mx.async_eval(upcoming)
         if ready:
             yield ready
@@ -83,6 +121,7 @@ def train_epoch(
     model: MLP, optimizer: optim.SGD, batches: Iterable[tuple[mx.array, mx.array]]
 ) -> float:
     """Take one step of SGD for each minibatch; return the mean loss of their examples."""
+    model.train()
     loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
     losses, sizes = [], []
     for pixels, labels in batches:
@@ -104,14 +143,15 @@ def train(
 ) -> Iterator[Epoch]:
     """Train `model` in place, pausing after each epoch to tell how it went.
 
-    The order of the examples in an epoch depends on `params.seed` and the epoch alone. Raises
-    `UserError` when the loss or a weight is no longer a finite number.
+    What is random in an epoch depends on `params.seed` and the epoch alone. Raises `UserError` when
+    the loss or a weight is no longer a finite number.
     """
     images, labels = mx.array(train_split.images), mx.array(train_split.labels)
     stream = mx.new_stream(mx.default_device())
     for epoch in range(first_epoch, params.num_epochs + 1):
-        order = np.random.default_rng((params.seed, epoch)).permutation(len(train_split))
-        batches = minibatches(images, labels, order, params.batch_size, stream)
+        random = np.random.default_rng((params.seed, epoch))
+        mx.random.seed(params.seed << 32 | epoch)  # for dropout
+        batches = minibatches(images, labels, params.batch_size, params.max_shift, random, stream)
         train_loss = train_epoch(model, optimizer, batches)
         parameters = dict(tree_flatten(model.parameters())).values()
         if not (math.isfinite(train_loss) and all(mx.isfinite(p).all() for p in parameters)):
@@ -121,9 +161,9 @@ def train(
             )
         validation_loss = validation_accuracy = None
         if len(validation_split):
-            validation_loss, predictions = score(model, validation_split)
-            correct = int((predictions == validation_split.labels).sum())
-            validation_accuracy = correct / len(validation_split)
+            scores = score(model, validation_split)
+            validation_loss = scores.loss
+            validation_accuracy = int(scores.correct.sum()) / len(validation_split)
         yield Epoch(epoch, train_loss, validation_loss, validation_accuracy)
 
 
@@ -158,8 +198,9 @@ def main() -> None:
         [train_split.images.shape[1], *hidden, len(class_names)], dataset_name, class_names
     )
     mx.random.seed(params.seed)
-    model = MLP(metadata.layer_sizes)
-    optimizer = optim.SGD(learning_rate=params.learning_rate)
+    model = MLP(metadata.layer_sizes, params.dropout)
+    num_steps = params.num_epochs * math.ceil(len(train_split) / params.batch_size)
+    optimizer = sgd(params, num_steps)
     splits = (train_split, validation_split)
     key = run_key(params, splits)
     history = [Epoch(*row) for row in load_checkpoint(CHECKPOINT, key, model, optimizer)]
@@ -175,6 +216,10 @@ def main() -> None:
     save_model(Path("data/model.safetensors"), model, metadata)
     columns = [field.name for field in fields(Epoch)]
     save_csv(Path("metrics/history.csv"), columns, map(astuple, history))
+    last = {
+        name: round(value, 6) for name, value in asdict(history[-1]).items() if value is not None
+    }
+    save_json(Path("metrics/training.json"), last)
     CHECKPOINT.unlink(missing_ok=True)
 
 

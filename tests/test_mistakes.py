@@ -5,8 +5,10 @@ A row is a stage, what goes wrong in a project that has run, and what the stage 
 
 import ast
 import gzip
+import io
 import json
 import re
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -19,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from stages import datasets, errors, evaluate, fetch, preprocess, train
+from stages import datasets, errors, evaluate, fetch, preprocess, seeds, train
 from stages.files import Split, save_split
 from stages.model import save_arrays
 from tests.conftest import ROOT, Answer, Mirror, Project, drip, idx, send, status
@@ -169,11 +171,12 @@ def mirror_at(location: str) -> Mistake:
 
 def no_room(_: Scene) -> None:
     """Put a file where a folder has to be."""
-    Path("metrics/history.csv").unlink()
-    Path("metrics/accuracy.json").unlink()
-    Path("metrics/confusion.csv").unlink()
-    Path("metrics").rmdir()
+    shutil.rmtree("metrics")
     Path("metrics").write_text("")
+
+
+def nothing_to_read(scene: Scene) -> None:
+    scene.patch.setattr("sys.stdin", io.StringIO())
 
 
 TABLE: list[tuple[ModuleType, Mistake, str]] = [
@@ -212,7 +215,7 @@ TABLE: list[tuple[ModuleType, Mistake, str]] = [
     (
         train,
         param("hidden_dim: 32", "x: 1"),
-        f"{PARAMS}train.x is unknown; known: num_layers, hidden_dim, batch_size, num_epochs, learning_rate, seed, device, threads",
+        f"{PARAMS}train.x is unknown; known: num_layers, hidden_dim, dropout, max_shift, batch_size, num_epochs, learning_rate, learning_rate_schedule, momentum, seed, device, threads",
     ),
     (
         train,
@@ -227,7 +230,7 @@ TABLE: list[tuple[ModuleType, Mistake, str]] = [
     (
         train,
         param("device: cpu", "device: cpu\n  device: gpu"),
-        f"{PARAMS}train.device stands twice, in lines 15 and 16; keep one of them",
+        f"{PARAMS}train.device stands twice, in lines 19 and 20; keep one of them",
     ),
     (
         train,
@@ -255,7 +258,7 @@ TABLE: list[tuple[ModuleType, Mistake, str]] = [
     (
         train,
         param("e: 0.1", "e: 1:30.5"),
-        f"{PARAMS}line 13: 1:30.5 is no plain decimal number; write one",
+        f"{PARAMS}line 15: 1:30.5 is no plain decimal number; write one",
     ),
     (train, param("e: 0.1", "e: 1e-1"), f"{RATE}'1e-1'{RATE_MUST}; write 0.1"),
     (train, param("e: 0.1", "e: '0.2'"), f"{RATE}'0.2'{RATE_MUST}; write 0.2"),
@@ -399,7 +402,12 @@ TABLE: list[tuple[ModuleType, Mistake, str]] = [
     (
         evaluate,
         no_room,
-        "error: metrics/confusion.csv: cannot be written (File exists); mend that and rerun",
+        "error: metrics/accuracy.json: cannot be written (File exists); mend that and rerun",
+    ),
+    (
+        seeds,
+        nothing_to_read,
+        "error: no experiments; pipe `dvc exp show --csv --hide-workspace` into this",
     ),
 ]
 if not mx.is_available(mx.Device(mx.gpu)):

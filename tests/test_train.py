@@ -1,3 +1,4 @@
+import math
 from dataclasses import astuple, replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,25 +9,36 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from stages.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.errors import UserError
 from stages.files import Split
-from stages.model import MLP, Metadata, load_model, save_model, score
+from stages.model import MLP, Metadata, load_model, save_model, score, to_pixels
 from stages.preprocess import decode_split
-from stages.train import Epoch, TrainParams, train
+from stages.train import Epoch, TrainParams, minibatches, sgd, shift, train
 from tests.conftest import SMALL
 
 PARAMS = TrainParams(
     num_layers=2,
     hidden_dim=32,
+    dropout=0.0,
+    max_shift=0,
     batch_size=64,
     num_epochs=3,
     learning_rate=0.1,
+    learning_rate_schedule="constant",
+    momentum=0.0,
     seed=7,
     device="cpu",
     threads=1,
+)
+ALL_KNOBS = replace(
+    PARAMS,
+    dropout=0.2,
+    max_shift=2,
+    learning_rate_schedule="cosine",
+    momentum=0.9,
 )
 FILES = SMALL["mnist"]
 TRAIN = decode_split(FILES["train-images-idx3-ubyte"], FILES["train-labels-idx1-ubyte"], 10)
@@ -34,12 +46,16 @@ VALIDATION = decode_split(FILES["t10k-images-idx3-ubyte"], FILES["t10k-labels-id
 EMPTY = Split(TRAIN.images[:0], TRAIN.labels[:0])
 
 
+def start(params: TrainParams) -> tuple[MLP, optim.SGD]:
+    mx.random.seed(params.seed)
+    model = MLP([784, *[params.hidden_dim] * params.num_layers, 10], params.dropout)
+    return model, sgd(params, params.num_epochs * math.ceil(len(TRAIN) / params.batch_size))
+
+
 def trained(
     params: TrainParams, validation_split: Split = VALIDATION
 ) -> tuple[dict[str, mx.array], list[Epoch]]:
-    mx.random.seed(params.seed)
-    model = MLP([784, *[params.hidden_dim] * params.num_layers, 10])
-    optimizer = optim.SGD(learning_rate=params.learning_rate)
+    model, optimizer = start(params)
     history = list(train(model, optimizer, TRAIN, validation_split, params))
     weights = dict(tree_flatten(model.parameters()))
     return {name: array.T for name, array in weights.items()}, history
@@ -73,7 +89,10 @@ def plainly_trained(params: TrainParams) -> tuple[dict[str, mx.array], list[Epoc
     model = PlainMLP(params.num_layers, 784, params.hidden_dim, 10)
     mx.eval(model.parameters())
     loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
-    optimizer = optim.SGD(learning_rate=params.learning_rate)
+    num_steps = params.num_epochs * math.ceil(len(TRAIN) / params.batch_size)
+    weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    velocity = {name: mx.zeros_like(weight) for name, weight in weights.items()}
+    step = 0
     history = []
     for epoch in range(1, params.num_epochs + 1):
         order = np.random.default_rng((params.seed, epoch)).permutation(len(TRAIN))
@@ -81,13 +100,22 @@ def plainly_trained(params: TrainParams) -> tuple[dict[str, mx.array], list[Epoc
         for start in range(0, len(order), params.batch_size):
             batch = mx.array(order[start : start + params.batch_size])
             loss, grads = loss_and_grad_fn(model, train_images[batch], train_labels[batch])
-            optimizer.update(model, grads)
-            mx.eval(model.parameters(), optimizer.state)
+            falling = {
+                "constant": 1.0,
+                "linear": 1 - step / num_steps,
+                "cosine": (1 + math.cos(math.pi * step / num_steps)) / 2,
+            }[params.learning_rate_schedule]
+            step += 1
+            for name, grad in dict(tree_flatten(grads)).items():
+                velocity[name] = params.momentum * velocity[name] + grad
+                weights[name] -= params.learning_rate * falling * velocity[name]
+            model.update(tree_unflatten(list(weights.items())))
+            mx.eval(model.parameters(), velocity)
             total += float(loss) * len(batch)
         accuracy = mx.mean(mx.argmax(model(test_images), axis=1) == test_labels)
         loss = loss_fn(model, test_images, test_labels)
         history.append(Epoch(epoch, total / len(TRAIN), float(loss), float(accuracy)))
-    return dict(tree_flatten(model.parameters())), history
+    return weights, history
 
 
 @pytest.mark.parametrize(
@@ -96,6 +124,9 @@ def plainly_trained(params: TrainParams) -> tuple[dict[str, mx.array], list[Epoc
         PARAMS,
         replace(PARAMS, num_layers=0),
         replace(PARAMS, num_layers=3, hidden_dim=7, batch_size=600, num_epochs=5),
+        replace(PARAMS, momentum=0.9),
+        replace(PARAMS, learning_rate_schedule="linear"),
+        replace(PARAMS, momentum=0.5, learning_rate_schedule="cosine"),
     ],
 )
 def test_same_as_the_plain_loop(params: TrainParams) -> None:
@@ -142,28 +173,59 @@ def test_divergence_of_a_weight_alone_stops_training() -> None:
         list(train(model, optim.SGD(learning_rate=0.1), TRAIN, EMPTY, PARAMS))
 
 
+@pytest.mark.parametrize("params", [PARAMS, ALL_KNOBS])
 @pytest.mark.parametrize("stopped_after", [1, 2, 3])
-def test_a_resumed_run_ends_as_an_undisturbed_one(stopped_after: int, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_as_an_undisturbed_one(
+    stopped_after: int, params: TrainParams, tmp_path: Path
+) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    weights, history = trained(PARAMS)
-    key = run_key(PARAMS, (TRAIN, VALIDATION))
+    weights, history = trained(params)
+    key = run_key(params, (TRAIN, VALIDATION))
 
-    def start() -> tuple[MLP, optim.SGD]:
-        mx.random.seed(PARAMS.seed)
-        return MLP([784, 32, 32, 10]), optim.SGD(learning_rate=PARAMS.learning_rate)
-
-    model, optimizer = start()
-    epochs = train(model, optimizer, TRAIN, VALIDATION, PARAMS)
+    model, optimizer = start(params)
+    epochs = train(model, optimizer, TRAIN, VALIDATION, params)
     rows = [astuple(next(epochs)) for _ in range(stopped_after)]
     save_checkpoint(path, key, model, optimizer, rows)
 
-    model, optimizer = start()
+    model, optimizer = start(params)
     resumed = [Epoch(*row) for row in load_checkpoint(path, key, model, optimizer)]
     assert len(resumed) == stopped_after
-    resumed += train(model, optimizer, TRAIN, VALIDATION, PARAMS, first_epoch=stopped_after + 1)
+    resumed += train(model, optimizer, TRAIN, VALIDATION, params, first_epoch=stopped_after + 1)
     assert resumed == history
     for name, array in dict(tree_flatten(model.parameters())).items():
         assert np.array_equal(array.T, weights[name])
+
+
+def test_dropout_is_for_training_alone() -> None:
+    model = MLP([784, 32, 10], dropout=0.5)
+    pixels = to_pixels(mx.array(TRAIN.images[:9]))
+    assert not mx.array_equal(model(pixels), model(pixels))
+    score(model, VALIDATION)
+    assert mx.array_equal(model(pixels), model(pixels))
+    _, history = trained(replace(PARAMS, dropout=0.5, num_epochs=10))
+    assert history[-1].train_loss > trained(replace(PARAMS, num_epochs=10))[1][-1].train_loss
+
+
+@pytest.mark.parametrize("max_shift", [1, 2, 8])
+def test_shift(max_shift: int) -> None:
+    images = TRAIN.images[:50]
+    offsets = np.random.default_rng(0).integers(0, 2 * max_shift + 1, (len(images), 2))
+    shifted = np.array(shift(mx.array(images), mx.array(offsets), max_shift))
+    assert shifted.dtype == np.uint8
+    for image, moved, (row, column) in zip(images, shifted, offsets, strict=True):
+        padded = np.pad(image.reshape(28, 28), max_shift)
+        assert (moved.reshape(28, 28) == padded[row : row + 28, column : column + 28]).all()
+
+
+def test_each_epoch_shifts_anew() -> None:
+    images, labels = mx.array(TRAIN.images), mx.array(TRAIN.labels)
+    seen = []
+    for seed in (0, 0, 1):
+        random = np.random.default_rng(seed)
+        ((pixels, _),) = minibatches(images, labels, 600, 2, random, mx.new_stream(mx.cpu))
+        seen.append(pixels)
+    assert mx.array_equal(seen[0], seen[1])
+    assert not mx.array_equal(seen[0], seen[2])
 
 
 def test_the_checkpoint_of_another_run_is_ignored(tmp_path: Path) -> None:
@@ -198,7 +260,7 @@ def test_a_model_file_rebuilds_the_model(tmp_path: Path) -> None:
     save_model(path, model, metadata)
     loaded, loaded_metadata = load_model(path)
     assert loaded_metadata == metadata
-    assert score(loaded, VALIDATION)[0] == score(model, VALIDATION)[0]
+    assert score(loaded, VALIDATION).loss == score(model, VALIDATION).loss
     by_mlx: Any = mx.load(str(path), return_metadata=True)
     weights, entries = by_mlx
     assert weights["layers.0.weight"].shape == (16, 784)

@@ -1,0 +1,33 @@
+from stages.seeds import summarize
+
+
+def row(accuracy: str, validation: str, seed: int, momentum: str = "0") -> dict[str, str]:
+    return {
+        "rev": "abc",
+        "accuracy": accuracy,
+        "validation_accuracy": validation,
+        "fetch.dataset": "mnist",
+        "train.momentum": momentum,
+        "train.seed": str(seed),
+        "preprocess.seed": "0",
+    }
+
+
+def test_mean_and_deviation_of_each_set_of_params() -> None:
+    rows = [
+        row("0.90", "0.80", 0),
+        row("0.90", "0.80", 0),  # the same experiment again
+        row("0.92", "0.83", 1),
+        row("0.94", "0.86", 2),
+        row("0.99", "0.98", 0, "0.9"),
+        row("", "", 1, "0.9"),  # queued or failed
+    ]
+    assert summarize(rows) == [
+        ["train.momentum", "seeds", "validation_accuracy", "accuracy"],
+        ["0", "3", "0.8300 ± 0.0300", "0.9200 ± 0.0200"],
+        ["0.9", "1", "0.9800", "0.9900"],
+    ]
+
+
+def test_params_in_which_none_differ_are_not_shown() -> None:
+    assert summarize([row("0.9", "0.8", 0), row("0.9", "0.8", 1)])[0][0] == "seeds"

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from subprocess import PIPE, STDOUT
 
 import stages.blas  # noqa: F401
 
@@ -172,17 +172,19 @@ class Project:
 
     def run(self, *command: str, ok: bool = True) -> str:
         """Run a command in it; return what it printed."""
-        done = subprocess.run(
-            command,
-            cwd=self.root,
-            env=self.environment(),
-            stdout=PIPE,
-            stderr=STDOUT,
-            text=True,
-            check=False,
-        )
-        assert (done.returncode == 0) == ok, done.stdout
-        return done.stdout
+        with tempfile.TemporaryFile("w+") as log:  # no pipe, which workers of DVC's would hold open
+            status = subprocess.run(
+                command,
+                cwd=self.root,
+                env=self.environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+            ).returncode
+            log.seek(0)
+            printed = log.read()
+        assert (status == 0) == ok, printed
+        return printed
 
     def repro(self, ok: bool = True) -> list[str]:
         """Run `dvc repro`; return the stages that ran, in order."""

@@ -1,0 +1,160 @@
+"""Experiments, results and models that leave the clone they were made in."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.conftest import Project, commit, running_mirror
+from tests.test_readme import wait_for_queue
+
+MODEL = "data/model.safetensors"
+
+
+def cloned(project: Project, root: Path) -> Project:
+    """Another clone of `project`, whose mirror has nothing."""
+    project.run("git", "clone", "--quiet", ".", str(root))
+    return Project(root, project.mirror)
+
+
+def check_push_and_pull(project: Project, other: Path, *remote: list[str]) -> None:
+    """Push to a remote, pull in another clone, and find nothing to do there."""
+    clone = cloned(project, other)
+    with running_mirror() as empty:
+        clone.mirror = empty
+        for place in (project, clone):
+            for command in remote:
+                place.run("dvc", "remote", *command)
+        project.run("dvc", "push")
+        clone.run("dvc", "pull")
+        assert clone.repro() == []
+    assert clone.read(MODEL) == project.read(MODEL)
+    assert clone.run("git", "status", "--porcelain") == ""
+
+
+def test_a_folder_as_remote(finished: Project, tmp_path: Path) -> None:
+    add = ["add", "--local", "--default", "storage", str(tmp_path / "storage")]
+    check_push_and_pull(finished, tmp_path / "clone", add)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def server(command: list[str], port: int) -> Iterator[None]:
+    """Run a server until the block ends."""
+    with subprocess.Popen(command) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                    break
+                except OSError:
+                    assert process.poll() is None and time.monotonic() < deadline
+                    time.sleep(0.1)
+            yield
+        finally:
+            process.terminate()
+
+
+@pytest.mark.remotes
+def test_s3_as_remote(finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    moto = str(Path(sys.executable).with_name("moto_server"))
+    with server([moto, "--host", "127.0.0.1", "--port", str(port)], port):
+        requests.put(f"{url}/bucket", timeout=10).raise_for_status()
+        check_push_and_pull(
+            finished,
+            tmp_path / "clone",
+            ["add", "--local", "--default", "storage", "s3://bucket/path"],
+            ["modify", "--local", "storage", "endpointurl", url],
+        )
+        assert "<Key>path/files/md5/" in requests.get(f"{url}/bucket", timeout=10).text
+
+
+@pytest.mark.remotes
+def test_ssh_as_remote(finished: Project, tmp_path: Path) -> None:
+    sshd = shutil.which("sshd", path="/usr/sbin:/usr/bin")
+    assert sshd, "apt install openssh-server"
+    for name in ("host", "user"):
+        keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)]
+        subprocess.run(keygen, check=True)
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # as the service does
+    port = free_port()
+    options = {
+        "ListenAddress": "127.0.0.1",
+        "Port": port,
+        "HostKey": tmp_path / "host",
+        "AuthorizedKeysFile": tmp_path / "user.pub",
+        "StrictModes": "no",
+        "PidFile": "none",
+        "Subsystem": "sftp internal-sftp",
+    }
+    config = tmp_path / "sshd_config"
+    config.write_text("".join(f"{key} {value}\n" for key, value in options.items()))
+    with server([sshd, "-D", "-e", "-f", str(config)], port):
+        check_push_and_pull(
+            finished,
+            tmp_path / "clone",
+            ["add", "--local", "--default", "storage", f"ssh://127.0.0.1{tmp_path}/storage"],
+            ["modify", "--local", "storage", "port", str(port)],
+            ["modify", "--local", "storage", "keyfile", str(tmp_path / "user")],
+        )
+    assert list((tmp_path / "storage/files/md5").iterdir())
+
+
+def test_queued_experiments_run_from_a_clean_clone(finished: Project, tmp_path: Path) -> None:
+    clone = cloned(finished, tmp_path / "clone")
+    clone.run("dvc", "exp", "run", "--queue", "-S", "train.hidden_dim=8,16")
+    clone.run("dvc", "queue", "start")
+    wait_for_queue(clone)
+    shown = clone.run("bash", "-c", "dvc exp show --csv --hide-workspace | python -m stages.seeds")
+    lines = re.findall(r"^(\d+) +1 +0\.\d+ +0\.\d+$", shown, re.MULTILINE)
+    assert sorted(lines) == ["16", "32", "8"], shown
+    assert clone.run("git", "status", "--porcelain") == ""
+
+
+def test_the_model_is_an_artifact(finished: Project, tmp_path: Path) -> None:
+    finished.run("gto", "register", "mlp")
+    assert finished.run("git", "tag").strip() == "mlp@v0.0.1"
+    finished.edit("params.yaml", "num_epochs: 10", "num_epochs: 2")
+    finished.repro()
+    old = finished.run("git", "show", "HEAD:metrics/accuracy.json")
+    commit(finished, "Train less")
+    out = str(tmp_path / "got.safetensors")
+    finished.run("dvc", "artifacts", "get", str(finished.root), "mlp", "-o", out)
+    assert Path(out).read_bytes() != finished.read(MODEL)  # the registered version
+    shutil.copy(out, finished.root / MODEL)
+    finished.run("python", "-m", "stages.evaluate")
+    assert finished.read("metrics/accuracy.json").decode() == old
+
+
+def test_a_pull_request_shows_what_it_changes(finished: Project) -> None:
+    finished.edit("params.yaml", "num_epochs: 10", "num_epochs: 2")
+    printed = finished.run(".ci/compare", "HEAD", ok=False)
+    assert "error: dvc.lock: outdated (train); run `dvc repro` and commit\n" in printed
+    finished.repro()
+    commit(finished, "Train less")
+    clone = cloned(finished, finished.root / "clone")  # without data
+    printed = clone.run(".ci/compare", "HEAD~1")
+    assert re.search(r"params.yaml \| train.num_epochs +\| 10 +\| 2 ", printed)
+    assert re.search(r"metrics/accuracy.json \| loss +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ ", printed)

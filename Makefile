@@ -19,8 +19,10 @@ PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-che
 repro: .venv/installed
 	$(DVC) repro
 
-# DVC reads a file again when it is newer, one of its cache also when it may be written.
+# DVC reads a file again when it is newer, one of its cache also when it may be written. A swapped
+# list of the files in data/raw takes --force.
 verify: .venv/installed
+	mkdir -p "$$($(DVC) cache dir)"
 	find "$$($(DVC) cache dir)" data -type f -exec touch {} + -exec chmod u+w {} +
 	$(DVC) repro || $(DVC) repro --force
 

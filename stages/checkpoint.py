@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from stages.model import MLP, load_arrays, save_arrays
 
 
 def run_key(params: object, splits: Iterable[Split]) -> str:
-    """A digest of all that the outcome of a run depends on: the params, the data, the code."""
-    digest = sha256(repr(params).encode())
+    """A digest of what the outcome of a run depends on: params, data, code, MLX and NumPy."""
+    digest = sha256(f"{params} {version('mlx')} {version('numpy')}".encode())
     for split in splits:
         digest.update(repr(split.images.shape).encode())
         digest.update(split.images.data)

@@ -68,9 +68,10 @@ def verify(path: Path) -> None:
     DVC hands out an object of its cache unread as long as that is read-only, so one that was
     damaged or swapped would go unnoticed.
     """
-    if "DVC_STAGE" not in os.environ or not path.exists():
+    lock_path = Path("dvc.lock")
+    if "DVC_STAGE" not in os.environ or not lock_path.exists() or not path.exists():
         return
-    lock = yaml.load(Path("dvc.lock").read_bytes(), yaml.CSafeLoader)
+    lock = yaml.load(lock_path.read_bytes(), yaml.CSafeLoader)
     outs = [out for stage in lock["stages"].values() for out in stage.get("outs", ())]
     recorded = [out["md5"] for out in outs if out["path"] == path.as_posix()]
     with path.open("rb") as file:

@@ -109,16 +109,18 @@ def _checked(key: str, values: dict[str, Any], hint: Any) -> Any:
     value = values[name]
     right_type = type(value) is kind or (kind is float and type(value) is int)
     if not right_type or value not in allowed:
-        raise ValueError(f"{key} is {value!r:.60}, {expected}{_plain_spelling(value, kind)}")
+        remedy = _plain_spelling(value, kind, allowed)
+        raise ValueError(f"{key} is {value!r:.60}, {expected}{remedy}")
     return kind(value)
 
 
-def _plain_spelling(value: Any, kind: type) -> str:
-    """The remedy for a number that PyYAML reads as text, such as 1e-1 and "32"."""
+def _plain_spelling(value: Any, kind: type, allowed: Any) -> str:
+    """The remedy for a number that stands in quotes."""
     try:
-        return f"; write {kind(value)}" if isinstance(value, str) and kind is not str else ""
+        right = isinstance(value, str) and kind is not str and kind(value) in allowed
     except ValueError:
-        return ""
+        right = False
+    return f"; write {value}" if right else ""
 
 
 def _one_line(error: Exception) -> str:
@@ -128,10 +130,11 @@ def _one_line(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, DVC 1.2: refuse numbers on which they differ.
+    """PyYAML reads YAML 1.1, DVC reads and writes 1.2: mend or refuse where they differ.
 
-    010 is 8 in the one and 10 in the other, 1:30 is 90 in the one and text in the other. Refuse
-    aliases too, by which a few lines could stand for more values than memory holds.
+    1e-05 is text in the one and a number in the other, as which it is taken here; 010 is 8 and 10;
+    1:30 is 90 and text. Refuse aliases too, by which a few lines could stand for more values than
+    memory holds.
     """
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
@@ -159,5 +162,10 @@ def _refuse_unless(pattern: str, node: yaml.ScalarNode) -> None:
         raise ValueError(f"line {line}: {node.value} is no plain decimal number; write one")
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)

@@ -12,33 +12,45 @@ from stages.errors import UserError, run
 from stages.params import SECTIONS
 
 SEED = "train.seed"
-FIGURES = ("validation_accuracy", "accuracy")  # to choose by the first, to report the second
+REPORTED = "accuracy"
+FIGURES = ("validation_accuracy", REPORTED)  # to choose by the first, to report the second
 
 
 def summarize(rows: Iterable[dict[str, str]]) -> list[list[str]]:
     """Make a table, the header first, of what `dvc exp show --csv` gives.
 
-    A line stands for the experiments that have all params but the seed in common; it has the params
-    in which lines differ, the number of seeds and the mean and standard deviation of each figure.
+    A line stands for the experiments that have the code and all params but the seed in common; it
+    has those in which lines differ, the number of seeds, means and standard deviations.
     """
     groups: dict[tuple[tuple[str, str], ...], dict[str, dict[str, str]]] = {}
     for row in rows:
-        if all(row.get(figure) for figure in FIGURES):  # neither queued nor failed
-            params = [key for key in row if key.partition(".")[0] in SECTIONS and key != SEED]
-            group = groups.setdefault(tuple((key, row[key]) for key in params), {})
-            group[row[SEED]] = row
+        if _number(row, REPORTED) is not None:  # else it is queued or has failed
+            shared = [
+                (key, row[key][:12])
+                for key in row
+                if (key.partition(".")[0] in SECTIONS and key != SEED) or key.startswith("stages/")
+            ]
+            groups.setdefault(tuple(shared), {})[row.get(SEED, "")] = row
     if not groups:
         raise UserError("no experiments; pipe `dvc exp show --csv --hide-workspace` into this")
-    values = [dict(params) for params in groups]
-    varying = [key for key in values[0] if len({shared.get(key) for shared in values}) > 1]
+    keys = [dict(shared) for shared in groups]
+    varying = [name for name in keys[0] if len({key.get(name) for key in keys}) > 1]
     table = [[*varying, "seeds", *FIGURES]]
-    for shared, seeds in zip(values, groups.values(), strict=True):
-        table.append([*(shared.get(key, "") for key in varying), str(len(seeds))])
+    for key, seeds in zip(keys, groups.values(), strict=True):
+        table.append([*(key.get(name, "") for name in varying), str(len(seeds))])
         for figure in FIGURES:
-            found = [float(row[figure]) for row in seeds.values()]
-            deviation = f" ± {stdev(found):.4f}" if len(found) > 1 else ""
-            table[-1].append(f"{mean(found):.4f}{deviation}")
+            found = [_number(row, figure) for row in seeds.values()]
+            known = [number for number in found if number is not None]
+            deviation = f" ± {stdev(known):.4f}" if len(known) > 1 else ""
+            table[-1].append(f"{mean(known):.4f}{deviation}" if known else "")
     return table
+
+
+def _number(row: dict[str, str], key: str) -> float | None:
+    try:
+        return float(row[key])
+    except (KeyError, ValueError):
+        return None
 
 
 def main() -> None:

@@ -260,7 +260,7 @@ TABLE: list[tuple[ModuleType, Mistake, str]] = [
         param("e: 0.1", "e: 1:30.5"),
         f"{PARAMS}line 15: 1:30.5 is no plain decimal number; write one",
     ),
-    (train, param("e: 0.1", "e: 1e-1"), f"{RATE}'1e-1'{RATE_MUST}; write 0.1"),
+    (train, param("e: 0.1", "e: 1e-7"), f"{RATE}1e-07{RATE_MUST}"),
     (train, param("e: 0.1", "e: '0.2'"), f"{RATE}'0.2'{RATE_MUST}; write 0.2"),
     (train, param("e: 0.1", "e: high"), f"{RATE}'high'{RATE_MUST}"),
     (train, param("e: 0.1", "e: -0.1"), f"{RATE}-0.1{RATE_MUST}"),

@@ -2,6 +2,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import pytest
+
 from stages.params import Choice, Range, read_params
 
 GOOD = """\
@@ -34,3 +36,8 @@ def test_good_params(tmp_path: Path) -> None:
 def test_whole_number_is_a_float(tmp_path: Path) -> None:
     rate = read(GOOD.replace("0.1", "1"), tmp_path).learning_rate
     assert (rate, type(rate)) == (1.0, float)
+
+
+@pytest.mark.parametrize("text", ["1e-05", "1E-5", "1.0e-5", "0.1e-4", "+1e-05", "0.00001"])
+def test_numbers_as_dvc_writes_them(text: str, tmp_path: Path) -> None:
+    assert read(GOOD.replace("0.1", text), tmp_path).learning_rate == 1e-5

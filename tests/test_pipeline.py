@@ -123,12 +123,12 @@ def test_no_validation_split(finished: Project) -> None:
 
 def test_a_bad_param_costs_nothing(finished: Project) -> None:
     before = {name: finished.read(name) for name in RESULTS}
-    finished.edit("params.yaml", "learning_rate: 0.1", "learning_rate: 2e-1")
+    finished.edit("params.yaml", "learning_rate: 0.1", "learning_rate: 200")
     printed = finished.run("dvc", "repro", ok=False)
-    assert "\nerror: params.yaml: train.learning_rate is '2e-1', must be" in printed
+    assert "\nerror: params.yaml: train.learning_rate is 200, must be" in printed
     assert "Traceback" not in printed
     assert "gitignore" not in finished.run("git", "status", "--porcelain")
-    finished.edit("params.yaml", "learning_rate: 2e-1", "learning_rate: 0.1")
+    finished.edit("params.yaml", "learning_rate: 200", "learning_rate: 0.1")
     assert finished.repro() == []
     assert {name: finished.read(name) for name in RESULTS} == before
 

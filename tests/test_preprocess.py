@@ -98,3 +98,12 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
         else:  # a bit that says nothing, as of the archive's dates
             assert split.images.tolist() == good.images.tolist()
             assert split.labels.tolist() == good.labels.tolist()
+
+
+def test_without_dvc_lock_there_is_nothing_to_compare_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_STAGE", "train")
+    save_split(Path("split.npz"), decode_split(IMAGES, LABELS, num_classes=10))
+    assert len(load_split(Path("split.npz"))) == 3

@@ -136,7 +136,7 @@ def test_experiments(walked: Project) -> None:
 
 def test_shown_mistake_is_what_a_stage_says(tmp_path: Path, mirror: Mirror) -> None:
     project = clone(tmp_path, mirror)
-    project.edit("params.yaml", "learning_rate: 0.1", "learning_rate: 1e-1")
+    project.edit("params.yaml", "hidden_dim: 32", "hiden_dim: 32")
     (shown,) = re.findall("^error: .*\n", README, re.MULTILINE)
     assert project.run("python", "-m", "stages.train", ok=False) == shown
 

@@ -31,3 +31,12 @@ def test_mean_and_deviation_of_each_set_of_params() -> None:
 
 def test_params_in_which_none_differ_are_not_shown() -> None:
     assert summarize([row("0.9", "0.8", 0), row("0.9", "0.8", 1)])[0][0] == "seeds"
+
+
+def test_experiments_with_other_code_are_not_averaged() -> None:
+    rows = [{**row("0.9", "0.8", 0), "stages/model.py": digest} for digest in ("abc", "def")]
+    assert [line[0] for line in summarize(rows)] == ["stages/model.py", "abc", "def"]
+
+
+def test_experiments_without_a_validation_split_count() -> None:
+    assert summarize([row("0.9", "", 0), row("0.8", "!", 1)])[1] == ["2", "", "0.8500 ± 0.0707"]

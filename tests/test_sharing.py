@@ -148,13 +148,15 @@ def test_the_model_is_an_artifact(finished: Project, tmp_path: Path) -> None:
     assert finished.read("metrics/accuracy.json").decode() == old
 
 
-def test_a_pull_request_shows_what_it_changes(finished: Project) -> None:
-    finished.edit("params.yaml", "num_epochs: 10", "num_epochs: 2")
-    printed = finished.run(".ci/compare", "HEAD", ok=False)
-    assert "error: dvc.lock: outdated (train); run `dvc repro` and commit\n" in printed
-    finished.repro()
-    commit(finished, "Train less")
-    clone = cloned(finished, finished.root / "clone")  # without data
+def test_a_pull_request_shows_what_it_changes(finished: Project, tmp_path: Path) -> None:
+    clone = cloned(finished, tmp_path / "clone")  # without data
+    assert clone.run(".ci/compare", "HEAD").count("no change") == 2
+    clone.edit("params.yaml", "num_epochs: 10", "num_epochs: 2")
+    printed = clone.run(".ci/compare", "HEAD", ok=False)
+    assert re.search(r"params.yaml \| train.num_epochs +\| 10 +\| 2 ", printed)
+    assert "error: dvc.lock: outdated from train on; run `dvc repro` and commit\n" in printed
+    clone.repro()
+    commit(clone, "Train less")
     printed = clone.run(".ci/compare", "HEAD~1")
     assert re.search(r"params.yaml \| train.num_epochs +\| 10 +\| 2 ", printed)
     assert re.search(r"metrics/accuracy.json \| loss +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ ", printed)

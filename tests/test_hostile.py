@@ -32,7 +32,7 @@ from stages.params import read_params
 from stages.preprocess import PreprocessParams, decode_idx
 from tests.conftest import ROOT, Mirror, idx
 
-# The same cases each time, and none kept in a folder of the project.
+# The same cases each time, whatever failed before.
 settings.register_profile(
     "hostile",
     max_examples=int(os.environ.get("CASES", "100")),

@@ -22,8 +22,8 @@ repro: .venv/installed
 # DVC reads a file again when it is newer, one of its cache also when it may be written. A swapped
 # list of the files in data/raw takes --force.
 verify: .venv/installed
-	mkdir -p "$$($(DVC) cache dir)"
-	find "$$($(DVC) cache dir)" data -type f -exec touch {} + -exec chmod u+w {} +
+	cache="$$($(DVC) cache dir)" && mkdir -p "$$cache" && \
+		find "$$cache" data -type f -exec touch {} + -exec chmod u+w {} +
 	$(DVC) repro || $(DVC) repro --force
 
 test: .venv/installed

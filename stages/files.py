@@ -23,8 +23,9 @@ from stages.errors import UserError
 class DamagedError(UserError):
     """A file that has other bytes than it should."""
 
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: damaged ({problem:.200}); mend it with `make verify`")
+    def __init__(self, path: Path, problem: str | Exception) -> None:
+        line = " ".join(str(problem).split())
+        super().__init__(f"{path}: damaged ({line:.200}); mend it with `make verify`")
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def load_split(path: Path) -> Split:
     except PermissionError:
         raise
     except Exception as error:  # zipfile and NumPy know a dozen kinds for damaged bytes
-        raise DamagedError(path, " ".join(str(error).split())) from None
+        raise DamagedError(path, error) from None
     return Split(images, labels)
 
 

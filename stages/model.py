@@ -129,7 +129,7 @@ def load_model(path: Path) -> tuple[MLP, Metadata]:
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro train`") from None
     except (TypeError, ValueError) as error:
-        raise DamagedError(path, " ".join(str(error).split())) from None
+        raise DamagedError(path, error) from None
     return model, metadata
 
 
@@ -155,7 +155,7 @@ def load_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # MLX has several kinds for damaged bytes
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(str(error)) from None
 
 
 def _digest(arrays: dict[str, mx.array], metadata: dict[str, str]) -> str:

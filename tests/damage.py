@@ -19,7 +19,6 @@ FILES = {
     "data/test.npz": ("evaluate", "data/validation.npz"),
     "data/model.safetensors": ("evaluate", "data/other.safetensors"),
 }
-RESULTS = (*FILES, "metrics/history.csv", "metrics/accuracy.json", "metrics/confusion.csv")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def inflict(project: Project, damage: Damage) -> None:
 
 def check(project: Project, damage: Damage) -> None:
     """Raise `AssertionError` unless the damage is refused by who reads the file, and mended."""
-    before = {name: project.read(name) for name in RESULTS}
+    before = project.results()
     other = project.root / "data/other.safetensors"
     save_model(other, MLP([784, 32, 32, 10]), Metadata([784, 32, 32, 10], "mnist", [*"0123456789"]))
     inflict(project, damage)
@@ -84,5 +83,5 @@ def check(project: Project, damage: Damage) -> None:
     else:
         # Not its .venv, which it has not: the one of this environment is on PATH.
         project.run("make", "--old-file=.venv/installed", "verify")
-    assert {name: project.read(name) for name in RESULTS} == before
+    assert project.results() == before
     assert project.run("git", "status", "--porcelain") == ""

@@ -18,18 +18,6 @@ from pathlib import Path
 from tests.conftest import SMALL, Project, clone, finish, running_mirror, shrink
 from tests.damage import check, damages
 
-OUTPUTS = (
-    "data/raw/train-images-idx3-ubyte",
-    "data/train.npz",
-    "data/validation.npz",
-    "data/test.npz",
-    "data/model.safetensors",
-    "metrics/history.csv",
-    "metrics/accuracy.json",
-    "metrics/confusion.csv",
-    "dvc.lock",
-)
-
 
 def interrupt(project: Project, sign: signal.Signals, seconds: float) -> str | None:
     """Start `dvc repro --force`, signal all its processes after `seconds`; return its output.
@@ -86,7 +74,7 @@ def drill(project: Project, kills: int, seed: int) -> Counter[str]:
 
     Returns how many kills hit which stage; raises `AssertionError` for any lost or wrong result.
     """
-    undisturbed = {name: project.read(name) for name in OUTPUTS}
+    undisturbed = project.results()
     started = time.monotonic()
     project.run("dvc", "repro", "--force")
     duration = time.monotonic() - started
@@ -103,7 +91,7 @@ def drill(project: Project, kills: int, seed: int) -> Counter[str]:
         hits["resumed"] += "resumed after epoch" in printed
         hits["dvc.lock torn"] += mend_lock(project)
     project.run("dvc", "repro", "--force")  # else the run-cache might have it all
-    assert {name: project.read(name) for name in OUTPUTS} == undisturbed
+    assert project.results() == undisturbed
     litter = [path for path in project.root.glob("[dm]*/**/*") if path.name.endswith(".part")]
     assert not litter, litter
     assert not (project.root / "data/checkpoint.safetensors").exists()

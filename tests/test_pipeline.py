@@ -71,8 +71,7 @@ def test_nothing_to_do(finished: Project) -> None:
 
 
 def test_fresh_clone_gets_the_committed_results(finished: Project, tmp_path: Path) -> None:
-    finished.run("git", "clone", "--quiet", ".", str(tmp_path / "clone"))
-    clone = Project(tmp_path / "clone", finished.mirror)
+    clone = finished.clone(tmp_path / "clone")
     assert clone.repro() == ["fetch", "preprocess", "train", "evaluate"]
     assert clone.run("git", "status", "--porcelain") == ""
     assert clone.read("data/model.safetensors") == finished.read("data/model.safetensors")
@@ -176,9 +175,8 @@ def test_a_second_run_says_who_holds_the_lock(finished: Project) -> None:
 
 
 def test_two_clones_share_a_cache(finished: Project, tmp_path: Path) -> None:
-    projects = [Project(tmp_path / name, finished.mirror) for name in ("one", "two")]
+    projects = [finished.clone(tmp_path / name) for name in ("one", "two")]
     for project in projects:
-        finished.run("git", "clone", "--quiet", ".", str(project.root))
         project.run("dvc", "cache", "dir", "--local", str(tmp_path / "cache"))
     runs = [
         subprocess.Popen(["dvc", "repro"], cwd=project.root, env=project.environment())

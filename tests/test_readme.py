@@ -3,7 +3,6 @@
 import json
 import platform
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -105,16 +104,7 @@ def walk(project: Project, section: str) -> None:
                 assert any(re.fullmatch(pattern(line), found) for found in printed), (line, printed)
         assert "..." in shown or len(printed) == len(shown), printed
         if command.startswith("dvc queue start"):
-            wait_for_queue(project)
-
-
-def wait_for_queue(project: Project) -> None:
-    deadline = time.monotonic() + 300
-    while re.search("Queued|Running", status := project.run("dvc", "queue", "status")):
-        assert time.monotonic() < deadline, status
-        time.sleep(0.5)
-    assert "Failed" not in status
-    project.run("dvc", "queue", "stop", "--kill")  # a worker may miss that there is no more to do
+            project.wait_for_queue()
 
 
 def test_daily_use(walked: Project) -> None:

@@ -15,20 +15,13 @@ import pytest
 import requests
 
 from tests.conftest import Project, commit, running_mirror
-from tests.test_readme import wait_for_queue
 
 MODEL = "data/model.safetensors"
 
 
-def cloned(project: Project, root: Path) -> Project:
-    """Another clone of `project`, whose mirror has nothing."""
-    project.run("git", "clone", "--quiet", ".", str(root))
-    return Project(root, project.mirror)
-
-
 def check_push_and_pull(project: Project, other: Path, *remote: list[str]) -> None:
     """Push to a remote, pull in another clone, and find nothing to do there."""
-    clone = cloned(project, other)
+    clone = project.clone(other)
     with running_mirror() as empty:
         clone.mirror = empty
         for place in (project, clone):
@@ -123,10 +116,10 @@ def test_ssh_as_remote(finished: Project, tmp_path: Path) -> None:
 
 
 def test_queued_experiments_run_from_a_clean_clone(finished: Project, tmp_path: Path) -> None:
-    clone = cloned(finished, tmp_path / "clone")
+    clone = finished.clone(tmp_path / "clone")
     clone.run("dvc", "exp", "run", "--queue", "-S", "train.hidden_dim=8,16")
     clone.run("dvc", "queue", "start")
-    wait_for_queue(clone)
+    clone.wait_for_queue()
     shown = clone.run("bash", "-c", "dvc exp show --csv --hide-workspace | python -m stages.seeds")
     lines = re.findall(r"^(\d+) +1 +0\.\d+ +0\.\d+$", shown, re.MULTILINE)
     assert sorted(lines) == ["16", "32", "8"], shown
@@ -149,7 +142,7 @@ def test_the_model_is_an_artifact(finished: Project, tmp_path: Path) -> None:
 
 
 def test_a_pull_request_shows_what_it_changes(finished: Project, tmp_path: Path) -> None:
-    clone = cloned(finished, tmp_path / "clone")  # without data
+    clone = finished.clone(tmp_path / "clone")  # without data
     assert clone.run(".ci/compare", "HEAD").count("no change") == 2
     clone.edit("params.yaml", "num_epochs: 10", "num_epochs: 2")
     printed = clone.run(".ci/compare", "HEAD", ok=False)

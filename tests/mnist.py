@@ -1,0 +1,154 @@
+"""Small data sets in the place of MNIST and Fashion-MNIST, and a mirror that serves them."""
+
+import gzip
+import http.server
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from stages.fetch import DATASETS
+from tests.conftest import Project, clone, small_split
+
+
+def idx(array: NDArray[np.uint8]) -> bytes:
+    """Encode an array as an IDX file."""
+    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+    return header + array.tobytes()
+
+
+def small_files(class_names: tuple[str, ...], seed: int) -> dict[str, bytes]:
+    """The four IDX files of a data set of 8 x 8 images."""
+    files = {}
+    for prefix, count in (("train", 600), ("t10k", 200)):
+        split = small_split(count, (8, 8), class_names, seed + count)
+        files[f"{prefix}-images-idx3-ubyte"] = idx(split.images)
+        files[f"{prefix}-labels-idx1-ubyte"] = idx(split.labels)
+    return files
+
+
+FILES = {
+    name: small_files(dataset.class_names, seed)
+    for seed, (name, dataset) in enumerate(DATASETS.items())
+}
+
+
+def digests(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: sha256(data).hexdigest() for name, data in files.items()}
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write `files` into a new `folder`; return it."""
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+# What a mirror does when it is asked for a path.
+Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+def send(data: bytes, announced: int | None = None) -> Answer:
+    """Answer with `data`, after announcing a length that may be another."""
+
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(data) if announced is None else announced))
+        request.end_headers()
+        request.wfile.write(data)
+
+    return answer
+
+
+def status(code: int, **headers: str) -> Answer:
+    """Answer with an HTTP status and nothing else."""
+
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(code)
+        for name, value in {**headers, "Content-Length": "0"}.items():
+            request.send_header(name, value)
+        request.end_headers()
+
+    return answer
+
+
+def drip(start: bytes, drop: bytes, pause: float) -> Answer:
+    """Answer with `start` and then `drop` after `drop`, without end, a pause after each."""
+
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.wfile.write(start)
+        while True:
+            request.wfile.write(drop)
+            time.sleep(pause)
+
+    return answer
+
+
+@dataclass
+class Mirror:
+    """A real HTTP server on this machine: its answer to each path, the paths it was asked for."""
+
+    url: str
+    answers: dict[str, Answer] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+
+    def serve(self, folder: str, files: dict[str, bytes]) -> str:
+        """Serve `files` gzipped, as the public mirrors do; return the URL they are below."""
+        for name, data in files.items():
+            self.answers[f"/{folder}/{name}.gz"] = send(gzip.compress(data))
+        return f"{self.url}/{folder}"
+
+
+@contextmanager
+def running_mirror() -> Iterator[Mirror]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            mirror.asked.append(self.path)
+            with suppress(ConnectionError):  # the client may have heard enough
+                mirror.answers.get(self.path, status(404))(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        mirror = Mirror(f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            yield mirror
+        finally:
+            server.shutdown()
+
+
+def small_project(root: Path, mirror: Mirror) -> Project:
+    """A clone of this repository whose data sets are the small ones, on the one mirror."""
+    project = clone(root, DATA_MIRROR="", no_proxy="*")
+    script = root / "stages/fetch.py"
+    code = script.read_text()
+    for name, dataset in DATASETS.items():
+        url = mirror.serve(name, FILES[name])
+        real = [*dataset.digests.values(), *dataset.mirrors]
+        small = [*digests(FILES[name]).values(), *[url] * len(dataset.mirrors)]
+        for old, new in zip(real, small, strict=True):
+            assert code.count(f'"{old}"') == 1
+            code = code.replace(f'"{old}"', f'"{new}"')
+    script.write_text(code)
+    set_param(project, "fetch", "dataset", "mnist")
+    set_param(project, "preprocess", "validation_size", 100)
+    project.set(batch_size=32, num_epochs=5, learning_rate=0.1, threads=1)
+    return project
+
+
+def set_param(project: Project, section: str, key: str, value: object) -> None:
+    params = project.params()
+    params[section][key] = value
+    (project.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

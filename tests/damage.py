@@ -1,29 +1,26 @@
-"""Damage each file that DVC keeps for the stages, in each way and place, and mend it."""
+"""Damage each file that the pipeline or DVC reads, in each way and place, and see it made good."""
 
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import md5
+from pathlib import Path
 
-from stages.model import MLP, Metadata, save_model
+import yaml
+
 from tests.conftest import Project
 
-RAW = "data/raw/train-images-idx3-ubyte"
-# Who reads a file, and which other file of its kind may be taken for it.
-FILES = {
-    RAW: ("preprocess", "data/raw/t10k-images-idx3-ubyte"),
-    "data/raw/t10k-labels-idx1-ubyte": ("preprocess", "data/raw/train-labels-idx1-ubyte"),
-    "data/train.npz": ("train", "data/test.npz"),
-    "data/validation.npz": ("train", "data/train.npz"),
-    "data/test.npz": ("evaluate", "data/validation.npz"),
-    "data/model.safetensors": ("evaluate", "data/other.safetensors"),
-}
+CHECKPOINT = "data/checkpoint.safetensors"
+TEXTS = (".dvc/config", "params.yaml", "dvc.yaml")
+KINDS = ("flipped", "cut", "emptied", "folder", "dangling link", "pipe")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A damaged file: `kind` says how, `place` where; "unseen" means that its times are kept."""
+    """A damaged file: `kind` says how. `place` is where: in the "workspace", as it is or "unseen"
+    (with its times as before), or in the "cache" (read-only, so that DVC does not look).
+    """
 
     file: str
     kind: str
@@ -33,55 +30,107 @@ class Damage:
         return f"{self.file} {self.kind} in {self.place}"
 
 
-def damages() -> Iterator[Damage]:
-    for file in FILES:
-        for kind in ("flipped", "cut", "swapped"):
-            for place in ("workspace", "workspace, unseen", "cache"):
-                yield Damage(file, kind, place)
+def outputs(project: Project) -> list[str]:
+    """The files that dvc.lock names, those in folders too."""
+    stages = yaml.safe_load(project.read("dvc.lock"))["stages"]
+    paths = [project.root / out["path"] for stage in stages.values() for out in stage["outs"]]
+    files = [
+        file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+    ]
+    return [str(file.relative_to(project.root)) for file in files]
+
+
+def cached(project: Project, file: str) -> Path:
+    digest = md5(project.read(file), usedforsecurity=False).hexdigest()
+    return project.root / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
+
+
+def damages(project: Project) -> Iterator[Damage]:
+    for file in outputs(project):
+        for kind in KINDS:
+            yield Damage(file, kind, "workspace")
+            if kind in KINDS[:2]:
+                yield Damage(file, kind, "workspace, unseen")
+            if cached(project, file).exists():
+                yield Damage(file, kind, "cache")
+                yield Damage(file, kind, "cache, and gone from the workspace")
+    others = [*TEXTS, "dvc.lock", CHECKPOINT]
+    runs = sorted((project.root / ".dvc/cache/runs").glob("*/*/*"))
+    others += [str(path.relative_to(project.root)) for path in runs[:2]]
+    kept = sorted((project.root / ".downloads").glob("*/*"))
+    others += [str(path.relative_to(project.root)) for path in kept]
+    for file in others:
+        for kind in KINDS:
+            yield Damage(file, kind, "workspace")
 
 
 def inflict(project: Project, damage: Damage) -> None:
-    """Damage the file; one in the cache stays read-only, and DVC checks it out."""
     path = project.root / damage.file
-    whole = path.read_bytes()
-    if damage.kind == "flipped":
-        wrong = whole[:-9] + bytes((whole[-9] ^ 1,)) + whole[-8:]
-        if damage.file.endswith(".npz"):  # not in the archive's directory
-            wrong = whole[:999] + bytes((whole[999] ^ 1,)) + whole[1000:]
-    elif damage.kind == "cut":
-        wrong = whole[: len(whole) // 2]
-    else:
-        wrong = project.read(FILES[damage.file][1])
-    if damage.place == "cache":
-        digest = md5(whole, usedforsecurity=False).hexdigest()
-        path.unlink()
-        path = project.root / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
-    before = path.stat()
-    path.chmod(0o644)
-    path.write_bytes(wrong)
-    path.chmod(before.st_mode)
-    if damage.place != "workspace":
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    if damage.place == "cache":
-        project.run("dvc", "checkout", damage.file)
+    if damage.place.startswith("cache"):
+        path = cached(project, damage.file)
+        if "gone" in damage.place:
+            (project.root / damage.file).unlink()
+    whole = path.read_bytes() if path.exists() else b"checkpoint"
+    before = path.stat() if path.exists() else None
+    path.unlink(missing_ok=True)
+    if damage.kind == "folder":
+        path.mkdir()
+        return
+    if damage.kind == "dangling link":
+        path.symlink_to("nowhere")
+        return
+    if damage.kind == "pipe":
+        os.mkfifo(path)
+        return
+    # In a text that somebody may edit, the first byte of a key.
+    place = 0 if path.suffix == ".yaml" else min(999, len(whole) // 2)
+    path.write_bytes(
+        {
+            "flipped": whole[:place] + bytes((whole[place] ^ 1,)) + whole[place + 1 :],
+            "cut": whole[: len(whole) // 2],
+            "emptied": b"",
+        }[damage.kind]
+    )
+    if before:
+        path.chmod(before.st_mode)
+        if damage.place != "workspace":
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def make(project: Project, ok: bool | None = True) -> str:
+    """Run `make repro` in a clone, with the environment of these tests for its .venv."""
+    return project.run("make", "--old-file=.venv/installed", "--eval=DVC := dvc", "repro", ok=ok)
 
 
 def check(project: Project, damage: Damage) -> None:
-    """Raise `AssertionError` unless the damage is refused by who reads the file, and mended."""
+    """Raise `AssertionError` unless `make repro` makes good of it, or names the file and a remedy.
+
+    What is wrong in params.yaml or dvc.yaml may also be what somebody wanted.
+    """
     before = project.results()
-    other = project.root / "data/other.safetensors"
-    save_model(other, MLP([784, 32, 32, 10]), Metadata([784, 32, 32, 10], "mnist", [*"0123456789"]))
     inflict(project, damage)
-    other.unlink()
-    stage, _ = FILES[damage.file]
-    printed = project.run("dvc", "repro", "--force", "--single-item", stage, ok=False)
-    line = rf"^error: {damage.file}: damaged \(.*\); mend it with `make verify`$"
-    assert len(re.findall(line, printed, re.MULTILINE)) == 1, printed
-    assert "Traceback" not in printed
-    if damage.place == "workspace":
-        project.run("dvc", "repro")
-    else:
-        # Not its .venv, which it has not: the one of this environment is on PATH.
-        project.run("make", "--old-file=.venv/installed", "verify")
+    printed = make(project, ok=None)
+    assert "Traceback" not in printed, printed
+    if damage.file == CHECKPOINT:
+        project.run("python", "-m", "stages.train")
+    if damage.file in TEXTS or project.results() != before:
+        remedy = f"rm -rf {damage.file}; git checkout {damage.file}"
+        if "error: " in printed or damage.file not in TEXTS:
+            (line,) = re.findall("^error: .*$", printed, re.MULTILINE)
+            assert damage.file in line
+            remedy = "; ".join(re.findall("`((?:git|rm) .*?)`", line)) or remedy
+        project.run("bash", "-c", remedy)
+        make(project)
     assert project.results() == before
     assert project.run("git", "status", "--porcelain") == ""
+
+
+def main(project: Project) -> int:
+    """Try all of it; return how many cases that were."""
+    tried = list(damages(project))
+    for damage in tried:
+        try:
+            check(project, damage)
+        except AssertionError as error:
+            raise AssertionError(f"{damage}: {error}") from None
+    return len(tried)

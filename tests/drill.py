@@ -1,6 +1,6 @@
 """Kill `dvc repro` at random moments, damage its files, and compare with an undisturbed run.
 
-Usage: python -m tests.drill [KILLS], 30 if not told otherwise; about seven minutes.
+Usage: python -m tests.drill [KILLS], 200 if not told otherwise; about 20 minutes.
 """
 
 import os
@@ -12,21 +12,52 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import cycle, islice, product
 from pathlib import Path
 
-from tests.conftest import SMALL, Project, clone, finish, running_mirror, shrink
-from tests.damage import check, damages
+import psutil
+
+from tests import damage
+from tests.conftest import Project, finish
+
+SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+VICTIMS = ("all", "DVC", "the stage")
+SITUATIONS = ("cold", "changed", "changed back", "dvc exp run")
 
 
-def interrupt(project: Project, sign: signal.Signals, seconds: float) -> str | None:
-    """Start `dvc repro --force`, signal all its processes after `seconds`; return its output.
+def prepare(project: Project, situation: str, seed: int) -> list[str]:
+    """Bring about a situation; return the command to run in it."""
+    if situation == "cold":
+        return ["dvc", "repro", "--force"]
+    if situation == "dvc exp run":
+        return ["dvc", "exp", "run", "--set-param", f"train.seed={seed}"]
+    project.set(seed=seed)
+    if situation == "changed back":
+        project.repro()
+        project.run("git", "checkout", "--quiet", "params.yaml")
+    return ["dvc", "repro"]
 
-    None says that the run had ended before the signal.
+
+def processes(group: int) -> Iterator[psutil.Process]:
+    """The processes of a group that still run."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def disturb(
+    project: Project, command: list[str], sign: signal.Signals, victim: str, seconds: float
+) -> str | None:
+    """Run a command, signal one or all of its processes after `seconds`; return its output.
+
+    None says that it had ended before, or that there was no stage to kill.
     """
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            ["dvc", "repro", "--force"],
+        run = subprocess.Popen(
+            command,
             cwd=project.root,
             env=project.environment(),
             stdout=log,
@@ -34,85 +65,72 @@ def interrupt(project: Project, sign: signal.Signals, seconds: float) -> str | N
             start_new_session=True,
         )
         with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
+            run.wait(seconds)
             return None
-        os.killpg(process.pid, sign)
-        process.wait(30)
-        deadline = time.monotonic() + 5
-        while has_processes(process.pid):  # an orphan would go on writing
-            assert time.monotonic() < deadline
+        stages = [process.pid for process in processes(run.pid) if process.pid != run.pid]
+        if victim == "the stage" and not stages:
+            run.wait()
+            return None
+        if victim == "all":
+            os.killpg(run.pid, sign)
+        else:
+            os.kill(run.pid if victim == "DVC" else stages[-1], sign)
+        run.wait(60)
+        while list(processes(run.pid)):  # a stage without its DVC goes on to its end
             time.sleep(0.01)
         log.seek(0)
         return log.read()
 
 
-def has_processes(group: int) -> bool:
-    """Whether a process of the group is still there."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def mend_lock(project: Project) -> bool:
-    """Whether the kill hit DVC as it wrote dvc.lock, in place; if so, take Git's copy of it."""
-    torn = subprocess.run(
-        ["dvc", "stage", "list"],
-        cwd=project.root,
-        env=project.environment(),
-        capture_output=True,
-        check=False,
-    ).returncode
-    if torn:
-        project.run("git", "checkout", "dvc.lock")
-    return bool(torn)
-
-
 def drill(project: Project, kills: int, seed: int) -> Counter[str]:
-    """Disturb `project`, which has finished a run, `kills` times with each of two signals.
+    """Disturb `project`, which has finished a run, so many times.
 
-    Returns how many kills hit which stage; raises `AssertionError` for any lost or wrong result.
+    Returns how often what was hit; raises `AssertionError` for any lost or wrong result.
     """
     undisturbed = project.results()
+    chance = random.Random(seed)
     started = time.monotonic()
     project.run("dvc", "repro", "--force")
     duration = time.monotonic() - started
-    chance = random.Random(seed)
     hits: Counter[str] = Counter()
-    for sign in (signal.SIGKILL, signal.SIGINT) * kills:
-        while (printed := interrupt(project, sign, chance.uniform(0.3, duration))) is None:
-            pass
-        if sign is signal.SIGINT:
+    cases = list(product(SITUATIONS, VICTIMS, SIGNALS))
+    chance.shuffle(cases)
+    for situation, victim, sign in islice(cycle(cases), kills):
+        printed = None
+        while printed is None:
+            command = prepare(project, situation, chance.randrange(1, 10_000))
+            share = 0.3 if situation == "changed back" else 1
+            printed = disturb(project, command, sign, victim, chance.uniform(0.2, share * duration))
+            project.run("git", "checkout", "--quiet", "params.yaml")
+        if sign != signal.SIGKILL and victim != "DVC":
             # Before main, while it starts, Python itself may tell of the interruption.
             assert not re.search(r'stages/\w+\.py", line \d+, in main', printed), printed
         stages = re.findall("Running stage '(.*)'", printed)
-        hits[f"{sign.name} in {stages[-1] if stages else 'dvc'}"] += 1
-        hits["resumed"] += "resumed after epoch" in printed
-        hits["dvc.lock torn"] += mend_lock(project)
-    project.run("dvc", "repro", "--force")  # else the run-cache might have it all
-    assert project.results() == undisturbed
-    litter = [path for path in project.root.glob("[dm]*/**/*") if path.name.endswith(".part")]
-    assert not litter, litter
-    assert not (project.root / "data/checkpoint.safetensors").exists()
-    assert project.run("git", "status", "--porcelain") == ""
-    assert project.repro() == []
+        fixed = damage.make(project)
+        (project.root / damage.CHECKPOINT).unlink(missing_ok=True)  # of other params
+        assert project.results() == undisturbed, (situation, victim, sign, printed, fixed)
+        assert project.run("git", "status", "--porcelain") == ""
+        hits[f"kills in {stages[-1] if stages else 'DVC before a stage'}"] += 1
+        hits[f"kills of {victim} by {sign.name}"] += 1
+        hits["trainings resumed"] += "resumed after epoch" in fixed
+        for name in ("rwlock", "dvc.lock", ".tmp", ".part"):
+            hits[f"left behind and repaired: {name}"] += bool(
+                re.search(rf"^not as .*{re.escape(name)}(,|$)", fixed, re.MULTILINE)
+            )
     return hits
 
 
 def main() -> None:
-    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 30
+    from tests.mnist import running_mirror, small_project  # gone where fetch is
+
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     with running_mirror() as mirror, tempfile.TemporaryDirectory() as folder:
-        mirror.serve(SMALL["mnist"])
-        project = clone(Path(folder), mirror)
-        shrink(project)
-        project.edit("params.yaml", "num_epochs: 10", "num_epochs: 100")
+        project = small_project(Path(folder), mirror)
+        project.set(num_epochs=40)
         finish(project)
         for hit, count in sorted(drill(project, kills, seed=kills).items()):
             print(f"{count:4} {hit}", flush=True)
-        for damage in damages():
-            check(project, damage)
-        print(f"{len(list(damages())):4} damaged files refused and mended")
+        print(f"{damage.main(project):4} damaged files, each refused or made good", flush=True)
     print("nothing lost, nothing wrong")
 
 

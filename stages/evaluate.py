@@ -7,22 +7,26 @@ differ by more than the chance of which examples are in the test split.
 import math
 from pathlib import Path
 
-from stages.blas import use_threads
+from stages.shared.blas import use_threads
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from stages.errors import run
-from stages.files import Split, atomic_write, load_split, save_csv, save_json
-from stages.model import Scores, load_model, score
+from stages.shared.command import run
+from stages.shared.data import Split, load_split
+from stages.shared.files import atomic_write, save_csv, save_json
+from stages.shared.scores import Scores, score
+from stages.shared.weights import load_model
 
+TEST = Path("data/test.npz")
 METRICS = Path("metrics")
 
 Z_95 = 1.959963984540054  # the standard normal's 97.5% quantile
 
 COLUMNS, ROWS = 8, 4  # of the picture of the worst mistakes
-ZOOM = 4  # pixels of the picture for one of an image
+SIDE = 112  # pixels of it, at most, that an image is high and wide
 CELL = (150, 160)  # width and height in pixels: an image and two lines below it
 
 
@@ -35,65 +39,69 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
 
 
-def class_accuracies(split: Split, scores: Scores, names: list[str]) -> dict[str, float]:
+def class_accuracies(split: Split, scores: Scores) -> dict[str, float]:
     """The accuracy on the examples of each class that has some."""
     found = {}
-    for label, name in enumerate(names):
+    for label, name in enumerate(split.class_names):
         correct = scores.correct[split.labels == label]
         if len(correct):
             found[name] = int(correct.sum()) / len(correct)
     return found
 
 
-def draw_mistakes(split: Split, scores: Scores, names: list[str]) -> Image.Image:
+def draw(image: NDArray[np.uint8]) -> Image.Image:
+    """An image of any shape as a picture of at most `SIDE` pixels a side."""
+    channels = image.reshape(*image.shape[:2], -1)
+    if channels.shape[2] not in (3, 4):  # neither RGB nor RGBA
+        channels = channels[..., 0]
+    rows, columns = (max(1, round(side * SIDE / max(image.shape[:2]))) for side in image.shape[:2])
+    return Image.fromarray(channels).resize((columns, rows), Image.Resampling.BOX)
+
+
+def draw_mistakes(split: Split, scores: Scores) -> Image.Image:
     """Draw the mistakes of which the model is most confident, these first, line by line."""
     mistakes = np.flatnonzero(~scores.correct)
     worst = mistakes[np.argsort(-scores.confidences[mistakes], kind="stable")][: COLUMNS * ROWS]
     width, height = CELL
-    picture = Image.new("L", (COLUMNS * width, 30 + ROWS * height), "white")
-    draw = ImageDraw.Draw(picture)
+    page = Image.new("RGB", (COLUMNS * width, 30 + ROWS * height), "white")
+    pen = ImageDraw.Draw(page)
     font = ImageFont.load_default(size=13)
-    draw.text((8, 8), f"The worst {len(worst)} of {len(mistakes):,} mistakes", "black", font)
-    side = math.isqrt(split.images.shape[1])
+    pen.text((8, 8), f"The worst {len(worst)} of {len(mistakes):,} mistakes", "black", font)
     for place, example in enumerate(worst):
         left, top = 8 + place % COLUMNS * width, 30 + place // COLUMNS * height
-        image = Image.fromarray(255 - split.images[example].reshape(side, side))
-        picture.paste(
-            image.resize((ZOOM * side, ZOOM * side), Image.Resampling.NEAREST), (left, top)
+        page.paste(draw(split.images[example]), (left, top))
+        actual, predicted = (
+            f"{split.class_names[label]:.14}"
+            for label in (split.labels[example], scores.predictions[example])
         )
-        actual, predicted = names[split.labels[example]], names[scores.predictions[example]]
         caption = f"{actual}, predicted as\n{predicted} ({scores.confidences[example]:.2%})"
-        draw.text((left, top + ZOOM * side + 2), caption, "black", font, spacing=2)
-    return picture
+        pen.text((left, top + SIDE + 2), caption, "black", font, spacing=2)
+    return page
 
 
 def main() -> None:
     mx.set_default_device(mx.cpu)  # the same figures whatever trained the model
     use_threads(1)
     model, metadata = load_model(Path("data/model.safetensors"))
-    test = load_split(Path("data/test.npz"))
+    test = load_split(TEST)
+    metadata.refuse_other(TEST, test)
     scores = score(model, test)
-    names = metadata.class_names
-    correct, total = int(scores.correct.sum()), len(test)
-    low, high = wilson_interval(correct, total)
+    low, high = wilson_interval(int(scores.correct.sum()), len(test))
     accuracy = {
-        "accuracy": correct / total,
+        "accuracy": scores.accuracy,
         "accuracy_95_low": round(low, 4),
         "accuracy_95_high": round(high, 4),
         "loss": round(scores.loss, 6),
     }
     save_json(METRICS / "accuracy.json", accuracy)
-    of_class = {name: round(a, 4) for name, a in class_accuracies(test, scores, names).items()}
+    of_class = {name: round(value, 4) for name, value in class_accuracies(test, scores).items()}
     save_json(METRICS / "classes.json", {"accuracy_of": of_class})
-    pairs = zip(test.labels, scores.predictions, strict=True)
-    save_csv(
-        METRICS / "confusion.csv",
-        ("actual", "predicted"),
-        ((names[actual], names[predicted]) for actual, predicted in pairs),
-    )
+    names = np.array(test.class_names)
+    pairs = zip(names[test.labels], names[scores.predictions], strict=True)
+    save_csv(METRICS / "confusion.csv", ("actual", "predicted"), pairs)
     with atomic_write(METRICS / "misclassified.png") as file:
-        draw_mistakes(test, scores, names).save(file, "PNG")
-    print(f"accuracy {correct / total:.4f}, 95% interval {low:.4f} to {high:.4f}")
+        draw_mistakes(test, scores).save(file, "PNG")
+    print(f"accuracy {scores.accuracy:.4f}, 95% interval {low:.4f} to {high:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,50 +1,53 @@
-"""Train the multi-layer perceptron by SGD: data/model.safetensors, and how that went in metrics/.
+"""Train the network by SGD: data/model.safetensors, and how that went in metrics/.
 
-The model, the loss and the loop are those of MLX's documentation.
+The loss and the loop are those of MLX's documentation, and so is the network as it comes.
 """
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from stages.blas import use_threads
+from stages.shared.blas import use_threads
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
+from msgspec import Meta, Struct
+from tqdm import tqdm
 
-from stages.checkpoint import load_checkpoint, run_key, save_checkpoint
-from stages.datasets import DATASETS, FetchParams
-from stages.errors import UserError, run
-from stages.files import Split, load_split, save_csv, save_json
-from stages.model import MLP, Metadata, save_model, score, to_pixels
-from stages.params import Choice, Range, read_params
+from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
+from stages.shared.command import run
+from stages.shared.data import Split, load_split
+from stages.shared.errors import UserError
+from stages.shared.files import save_csv, save_json
+from stages.shared.model import ModelParams
+from stages.shared.params import read_params
+from stages.shared.scores import score, to_pixels
+from stages.shared.weights import Metadata, save_model
 
+TRAIN, VALIDATION = Path("data/train.npz"), Path("data/validation.npz")
 # No output of the stage, for DVC removes those before it runs; Git ignores it.
 CHECKPOINT = Path("data/checkpoint.safetensors")
 
 
-@dataclass(frozen=True)
-class TrainParams:
+class TrainParams(Struct, frozen=True):
     """The section `train` of params.yaml."""
 
-    num_layers: Annotated[int, Range(0, 100)]
-    hidden_dim: Annotated[int, Range(1, 8192)]
-    dropout: Annotated[float, Range(0.0, 0.9)]
-    max_shift: Annotated[int, Range(0, 8)]
-    batch_size: Annotated[int, Range(1, 60_000)]
-    num_epochs: Annotated[int, Range(1, 10_000)]
-    learning_rate: Annotated[float, Range(1e-6, 100.0)]
-    learning_rate_schedule: Annotated[str, Choice(("constant", "linear", "cosine"))]
-    momentum: Annotated[float, Range(0.0, 0.999)]
-    seed: Annotated[int, Range(0, 2**32 - 1)]
-    device: Annotated[str, Choice(("cpu", "gpu"))]
-    threads: Annotated[int, Range(1, 256)]
+    max_shift: Annotated[int, Meta(ge=0, le=8)]
+    batch_size: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    num_epochs: Annotated[int, Meta(ge=1, le=10_000)]
+    learning_rate: Annotated[float, Meta(ge=1e-6, le=100.0)]
+    learning_rate_schedule: Literal["constant", "linear", "cosine"]
+    momentum: Annotated[float, Meta(ge=0.0, le=0.999)]
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)]
+    device: Literal["cpu", "gpu"]
+    threads: Annotated[int, Meta(ge=1, le=256)]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Epoch:
     validation_accuracy: float | None
 
 
-def loss_fn(model: MLP, pixels: mx.array, labels: mx.array) -> mx.array:
+def loss_fn(model: nn.Module, pixels: mx.array, labels: mx.array) -> mx.array:
     """Mean cross entropy (nats) of a minibatch."""
     return nn.losses.cross_entropy(model(pixels), labels, reduction="mean")
 
@@ -73,17 +76,17 @@ def sgd(params: TrainParams, num_steps: int) -> optim.SGD:
 
 
 def shift(images: mx.array, offsets: mx.array, max_shift: int) -> mx.array:
-    """Cut each of the square `images`, (N, pixels), out of itself with a margin of `max_shift`.
+    """Cut each of `images`, (N, rows, columns, ...), out of itself with a margin of `max_shift`.
 
     `offsets`, int (N, 2), are the first row and column of the cut, from 0 to 2 * `max_shift`.
     """
-    side = math.isqrt(images.shape[1])
-    width = side + 2 * max_shift
-    margins = [(0, 0), (max_shift, max_shift), (max_shift, max_shift)]
-    padded = mx.pad(images.reshape(-1, side, side), margins).reshape(-1, width * width)
-    cut = (width * mx.arange(side)[:, None] + mx.arange(side)).reshape(-1)
+    count, rows, columns, *channels = images.shape
+    margins = [(0, 0), (max_shift, max_shift), (max_shift, max_shift), *[(0, 0)] * len(channels)]
+    width = columns + 2 * max_shift
+    padded = mx.pad(images, margins).reshape(count, (rows + 2 * max_shift) * width, -1)
+    cut = (width * mx.arange(rows)[:, None] + mx.arange(columns)).reshape(-1)
     first = width * offsets[:, :1] + offsets[:, 1:]
-    return mx.take_along_axis(padded, first + cut, axis=1)
+    return mx.take_along_axis(padded, (first + cut)[..., None], axis=1).reshape(images.shape)
 
 
 def minibatches(
@@ -118,7 +121,7 @@ def minibatches(
 
 
 def train_epoch(
-    model: MLP, optimizer: optim.SGD, batches: Iterable[tuple[mx.array, mx.array]]
+    model: nn.Module, optimizer: optim.SGD, batches: Iterable[tuple[mx.array, mx.array]]
 ) -> float:
     """Take one step of SGD for each minibatch; return the mean loss of their examples."""
     model.train()
@@ -134,7 +137,7 @@ def train_epoch(
 
 
 def train(
-    model: MLP,
+    model: nn.Module,
     optimizer: optim.SGD,
     train_split: Split,
     validation_split: Split,
@@ -152,19 +155,26 @@ def train(
         random = np.random.default_rng((params.seed, epoch))
         mx.random.seed(params.seed << 32 | epoch)  # for dropout
         batches = minibatches(images, labels, params.batch_size, params.max_shift, random, stream)
-        train_loss = train_epoch(model, optimizer, batches)
+        bar = tqdm(
+            batches,
+            desc=f"epoch {epoch}/{params.num_epochs}",
+            total=math.ceil(len(labels) / params.batch_size),
+            delay=2,  # seconds; a short epoch needs none
+            leave=False,
+            disable=None,  # without a terminal
+        )
+        train_loss = train_epoch(model, optimizer, bar)
         parameters = dict(tree_flatten(model.parameters())).values()
         if not (math.isfinite(train_loss) and all(mx.isfinite(p).all() for p in parameters)):
             raise UserError(
                 f"params.yaml: train.learning_rate is {params.learning_rate}, with which training"
                 f" diverges in epoch {epoch} (loss {train_loss:.4g}); try a lower one"
             )
-        validation_loss = validation_accuracy = None
+        validation: tuple[float | None, float | None] = (None, None)
         if len(validation_split):
             scores = score(model, validation_split)
-            validation_loss = scores.loss
-            validation_accuracy = int(scores.correct.sum()) / len(validation_split)
-        yield Epoch(epoch, train_loss, validation_loss, validation_accuracy)
+            validation = scores.loss, scores.accuracy
+        yield Epoch(epoch, train_loss, *validation)
 
 
 def summary(epoch: Epoch, num_epochs: int) -> str:
@@ -177,45 +187,68 @@ def summary(epoch: Epoch, num_epochs: int) -> str:
     return line
 
 
+def save_history(history: list[Epoch]) -> None:
+    """Write what is known of the epochs so far to metrics/history.csv."""
+    columns = [field.name for field in fields(Epoch)]
+    save_csv(Path("metrics/history.csv"), columns, map(astuple, history))
+
+
 def select_device(name: str) -> None:
-    """Make `name`, "cpu" or "gpu", MLX's default. Raises `UserError` if the machine has it not."""
+    """Make `name`, "cpu" or "gpu", MLX's default. Raises `UserError` if there is none."""
     device = mx.Device(getattr(mx, name))
     if not mx.is_available(device):
-        raise UserError(f"params.yaml: train.device is {name}, which this MLX has not; write cpu")
+        raise UserError(
+            f"params.yaml: train.device is {name}, which this MLX does not have; write cpu"
+        )
     mx.set_default_device(device)
 
 
+def refuse_impossible(params: TrainParams, model: nn.Module, num_examples: int) -> None:
+    """Raise `UserError` for a minibatch larger than the data, a network larger than the memory."""
+    if params.batch_size > num_examples:
+        raise UserError(
+            f"params.yaml: train.batch_size is {params.batch_size}, must be at most {num_examples},"
+            " the number of training examples"
+        )
+    size = sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
+    needed = (4 if params.momentum else 3) * size  # weights, gradients, new weights, momenta
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"params.yaml: the network of the section model takes {needed / 1e9:,.0f} GB to train,"
+            f" this machine has {memory / 1e9:,.0f}; make it smaller"
+        )
+
+
 def main() -> None:
-    dataset_name = read_params("fetch", FetchParams).dataset
+    model_params = read_params("model", ModelParams)
     params = read_params("train", TrainParams)
     select_device(params.device)
     use_threads(params.threads)
-    train_split = load_split(Path("data/train.npz"))
-    validation_split = load_split(Path("data/validation.npz"))
-    class_names = list(DATASETS[dataset_name].class_names)
-    hidden = [params.hidden_dim] * params.num_layers
-    metadata = Metadata(
-        [train_split.images.shape[1], *hidden, len(class_names)], dataset_name, class_names
-    )
+    train_split = load_split(TRAIN)
+    validation_split = load_split(VALIDATION, may_be_empty=True)
+    metadata = Metadata(model_params, train_split.image_shape, train_split.class_names)
+    metadata.refuse_other(VALIDATION, validation_split)
     mx.random.seed(params.seed)
-    model = MLP(metadata.layer_sizes, params.dropout)
+    model = metadata.build()
+    refuse_impossible(params, model, len(train_split))
     num_steps = params.num_epochs * math.ceil(len(train_split) / params.batch_size)
     optimizer = sgd(params, num_steps)
     splits = (train_split, validation_split)
-    key = run_key(params, splits)
+    key = run_key((model_params, params), splits)
     history = [Epoch(*row) for row in load_checkpoint(CHECKPOINT, key, model, optimizer)]
     if history:
         print(f"resumed after epoch {len(history)}, where an earlier run stopped", flush=True)
+        save_history(history)  # which DVC has removed
     started = time.perf_counter()
     for epoch in train(model, optimizer, *splits, params, first_epoch=len(history) + 1):
         history.append(epoch)
+        save_history(history)  # for `dvc plots show` to follow
         save_checkpoint(CHECKPOINT, key, model, optimizer, [astuple(row) for row in history])
         seconds, started = time.perf_counter() - started, time.perf_counter()
         rate = f"{len(train_split) / seconds:,.0f} examples/s"
         print(f"{summary(epoch, params.num_epochs)}  {rate}", flush=True)
     save_model(Path("data/model.safetensors"), model, metadata)
-    columns = [field.name for field in fields(Epoch)]
-    save_csv(Path("metrics/history.csv"), columns, map(astuple, history))
     last = {
         name: round(value, 6) for name, value in asdict(history[-1]).items() if value is not None
     }

@@ -1,23 +1,27 @@
-"""That a file appears whole or not at all, whatever stands in the way."""
+"""That a file appears whole or not at all, whatever stands in the way, and that DVC knows it."""
 
+import json
 import os
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import md5
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
-from stages.errors import UserError, run
-from stages.files import Split, atomic_write, load_split, save_csv, save_split
-from stages.model import load_model, save_arrays
+from stages.shared.data import load_split, save_split
+from stages.shared.errors import DamagedError, UserError
+from stages.shared.files import atomic_write, save_csv, save_json, verify
+from stages.shared.weights import load_model, save_arrays
+from tests.conftest import SMALL, Project
 
 WRITERS: list[Callable[[Path], None]] = [
-    lambda path: save_split(path, Split(np.zeros((99, 99), np.uint8), np.zeros(99, np.uint8))),
+    lambda path: save_split(path, SMALL["train"]),
     lambda path: save_csv(path, ["number"], [[number] for number in range(9999)]),
+    lambda path: save_json(path, list(range(9999))),
     lambda path: save_arrays(path, {"weight": mx.zeros((99, 99))}, {}),
 ]
 
@@ -39,8 +43,9 @@ def test_a_failing_write_leaves_what_was_there(
 ) -> None:
     path = tmp_path / "file"
     path.write_text("before")
-    with full_disk(), pytest.raises(UserError, match="File too large"):
+    with full_disk(), pytest.raises(UserError) as error:
         write(path)
+    assert str(error.value) == f"{path}: cannot be written (File too large); fix that and rerun"
     assert path.read_text() == "before"
     assert [left.name for left in tmp_path.iterdir()] == ["file"]
 
@@ -55,6 +60,22 @@ def test_a_bug_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
     assert [left.name for left in tmp_path.iterdir()] == ["file"]
 
 
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("before")
+    (tmp_path / ".file.part").symlink_to(precious)
+    (tmp_path / "file").symlink_to(precious)
+    save_json(tmp_path / "file", 1)
+    assert precious.read_text() == "before"
+    assert (tmp_path / "file").read_text() == "1\n"
+    assert not (tmp_path / "file").is_symlink()
+
+
+def test_csv(tmp_path: Path) -> None:
+    save_csv(tmp_path / "file", ("a", "b"), [(1, 0.123456789), (None, 'x"')])
+    assert (tmp_path / "file").read_text() == 'a,b\n1,0.123457\n,"x"""\n'
+
+
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that anybody may enter, as only its owner may tmp_path."""
@@ -62,33 +83,6 @@ def open_folder() -> Iterator[Path]:
         Path(folder).chmod(0o755)
         yield Path(folder)
         Path(folder).chmod(0o755)
-
-
-def test_read_only_folder(open_folder: Path) -> None:
-    path = open_folder / "file"
-    path.write_text("before")
-    open_folder.chmod(0o555)
-    with ordinary_user(), pytest.raises(UserError, match="Permission denied"):
-        save_csv(path, ["number"], [])
-    assert path.read_text() == "before"
-    assert [left.name for left in open_folder.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("read", [Path.read_bytes, load_split, load_model])
-def test_a_file_that_may_not_be_read(
-    read: Callable[[Path], object], open_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = open_folder / "file"
-    path.write_text("secret")
-    path.chmod(0)
-
-    def main() -> None:
-        read(path)
-
-    monkeypatch.setattr("sys.argv", ["main"])
-    message = f"^error: {path}: permission denied; mend that and rerun$"
-    with ordinary_user(), pytest.raises(SystemExit, match=message):
-        run(main)
 
 
 @contextmanager
@@ -101,3 +95,90 @@ def ordinary_user() -> Iterator[None]:
         yield
     finally:
         os.seteuid(user)
+
+
+def test_read_only_folder(open_folder: Path) -> None:
+    path = open_folder / "file"
+    path.write_text("before")
+    open_folder.chmod(0o555)
+    with ordinary_user(), pytest.raises(UserError, match="Permission denied"):
+        save_csv(path, ["number"], [])
+    assert path.read_text() == "before"
+    assert [left.name for left in open_folder.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("read", [load_split, load_model])
+def test_a_file_that_may_not_be_read(read: Callable[[Path], object], open_folder: Path) -> None:
+    path = open_folder / "file"
+    path.write_text("secret")
+    path.chmod(0)
+    with ordinary_user(), pytest.raises(PermissionError):  # of which a stage makes one line
+        read(path)
+
+
+@pytest.fixture
+def run_by_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be in a folder, as DVC's stage."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_STAGE", "train")
+
+
+@pytest.mark.usefixtures("run_by_dvc")
+def test_dvc_knows_what_a_stage_reads(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs of a stage, and what `dvc add` tracks; each swapped for a file that is whole."""
+    monkeypatch.chdir(finished.root)
+    model, train = Path("data/model.safetensors"), Path("data/train.npz")
+    lines = {
+        model: f"{model}: damaged (it is not what dvc.lock names); fix it with `make verify`",
+        train: "data/train.npz: is not what data/train.npz.dvc names; get that with `dvc checkout"
+        " --force data/train.npz`, or keep this with `dvc add data/train.npz`",
+    }
+    for path, line in lines.items():
+        verify(path)
+        path.unlink()
+        path.write_bytes(Path("data/test.npz").read_bytes())
+        with pytest.raises(UserError) as error:
+            verify(path)
+        assert str(error.value) == line
+    monkeypatch.delenv("DVC_STAGE")
+    verify(model)  # a stage that somebody runs by hand may read anything
+
+
+@pytest.mark.usefixtures("run_by_dvc")
+def test_a_folder_is_known_by_the_list_of_its_files(
+    finished: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against DVC's own digest of a folder with names that sort in odd ways."""
+    monkeypatch.chdir(finished.root)
+    folder = Path("data/folder")
+    for name in ("b", "a b", "é", "a/b", "a.b", "a/c/d", "B"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    finished.run("dvc", "add", "data/folder")
+    verify(folder)
+    (folder / "b").unlink()
+    with pytest.raises(UserError, match=r"is not what data/folder\.dvc names"):
+        verify(folder)
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    for place in ("pipe", "folder/pipe"):
+        path = tmp_path / place
+        path.parent.mkdir(exist_ok=True)
+        os.mkfifo(path)
+        for read in (load_split, load_model, verify):
+            with pytest.raises(DamagedError, match="it is not a regular file"):
+                read(path if place == "pipe" or read != verify else path.parent)
+
+
+@pytest.mark.usefixtures("run_by_dvc")
+def test_without_a_record_there_is_nothing_to_compare_with() -> None:
+    Path("file").write_text("")
+    verify(Path("file"))
+    Path("dvc.lock").write_text(json.dumps({"stages": {"one": {}}}))
+    verify(Path("file"))
+    verify(Path("missing"))
+    digest = md5(b"", usedforsecurity=False).hexdigest()
+    outs = [{"path": "file", "md5": digest}]
+    Path("dvc.lock").write_text(json.dumps({"stages": {"one": {"outs": outs}}}))
+    verify(Path("file"))

@@ -1,13 +1,11 @@
-"""The real `dvc repro` from one end to the other, in temporary clones."""
+"""The real `dvc repro`, in temporary clones with small data."""
 
 import ast
 import csv
-import json
 import os
 import re
 import signal
 import subprocess
-import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,54 +13,47 @@ from hashlib import md5
 from pathlib import Path
 
 import pytest
-import yaml
 
-from stages.datasets import DATASETS
-from tests.conftest import NUM_TEST, ROOT, SMALL, Mirror, Project, clone, commit, running_mirror
+from tests.conftest import ROOT, STAGES, Project, clone, commit
 from tests.damage import Damage, check, damages
 from tests.drill import drill
 
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 RESULTS = ("data/model.safetensors", "metrics/history.csv", "metrics/accuracy.json")
 
 
 def imported(path: Path) -> set[Path]:
-    """The file and all files of stages/ that it imports, directly or not, anywhere in its code."""
+    """The file and all files of this project that it imports, directly or not."""
     found = {path}
     for node in ast.walk(ast.parse(path.read_text())):
         modules = [node.module] if isinstance(node, ast.ImportFrom) else []
         modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for module in modules:
-            if module and module.startswith("stages."):
-                found |= imported(path.parent / f"{module.removeprefix('stages.')}.py")
+            file = ROOT / f"{(module or '').replace('.', '/')}.py"
+            if file.exists():
+                found |= imported(file)
     return found
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_code_deps_are_what_the_stage_imports(stage: str) -> None:
-    deps = {ROOT / dep for dep in STAGES[stage]["deps"] if dep.startswith("stages/")}
-    assert deps == imported(ROOT / "stages" / f"{stage}.py")
+    (script,) = re.findall(r"python -m (stages\.\w+)", STAGES[stage]["cmd"])
+    deps = {ROOT / dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
+    assert deps == imported(ROOT / f"{script.replace('.', '/')}.py")
+
+
+def test_the_rooms_lead_one_way() -> None:
+    """A stage imports from stages/shared alone, which imports nothing else; tools come on top."""
+    for path in (ROOT / "stages").rglob("*.py"):
+        for file in imported(path) - {path}:
+            assert file.parent == ROOT / "stages/shared", f"{path} imports {file}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_is_the_docstring(stage: str, finished: Project) -> None:
-    docstring = ast.get_docstring(ast.parse((ROOT / "stages" / f"{stage}.py").read_text()))
+    (script,) = re.findall(r"python -m (stages\.\w+)", STAGES[stage]["cmd"])
+    docstring = ast.get_docstring(ast.parse((ROOT / f"{script.replace('.', '/')}.py").read_text()))
     assert docstring
-    assert docstring in finished.run("python", "-m", f"stages.{stage}", "--help")
-
-
-def test_results(finished: Project) -> None:
-    accuracy = json.loads(finished.read("metrics/accuracy.json"))
-    rows = list(csv.reader(finished.read("metrics/confusion.csv").decode().splitlines()))
-    assert rows[0] == ["actual", "predicted"]
-    assert len(rows) == 1 + NUM_TEST
-    correct = sum(actual == predicted for actual, predicted in rows[1:])
-    assert accuracy["accuracy"] == correct / NUM_TEST > 0.9
-    assert accuracy["accuracy_95_low"] < accuracy["accuracy"] < accuracy["accuracy_95_high"] <= 1
-    history = list(csv.DictReader(finished.read("metrics/history.csv").decode().splitlines()))
-    assert [row["epoch"] for row in history] == [str(epoch) for epoch in range(1, 11)]
-    assert float(history[-1]["validation_accuracy"]) > 0.9
-    assert finished.run("git", "status", "--porcelain") == ""
+    assert docstring in finished.run("python", "-m", script, "--help")
 
 
 def test_nothing_to_do(finished: Project) -> None:
@@ -70,26 +61,31 @@ def test_nothing_to_do(finished: Project) -> None:
     assert finished.run("git", "status", "--porcelain") == ""
 
 
-def test_fresh_clone_gets_the_committed_results(finished: Project, tmp_path: Path) -> None:
-    clone = finished.clone(tmp_path / "clone")
-    assert clone.repro() == ["fetch", "preprocess", "train", "evaluate"]
-    assert clone.run("git", "status", "--porcelain") == ""
-    assert clone.read("data/model.safetensors") == finished.read("data/model.safetensors")
+def test_history(finished: Project) -> None:
+    history = list(csv.DictReader(finished.read("metrics/history.csv").decode().splitlines()))
+    epochs = finished.params()["train"]["num_epochs"]
+    assert [row["epoch"] for row in history] == [str(epoch) for epoch in range(1, epochs + 1)]
+    assert float(history[-1]["validation_accuracy"]) > 0.9
+
+
+def test_a_fresh_clone_gets_the_committed_results(finished: Project, tmp_path: Path) -> None:
+    fresh = finished.clone(tmp_path / "clone")
+    fresh.use_cache(finished.root / ".dvc/cache")
+    assert fresh.repro() == []  # all is in the cache
+    fresh.run("dvc", "repro", "--force")
+    assert fresh.run("git", "status", "--porcelain") == ""
+    assert fresh.read("data/model.safetensors") == finished.read("data/model.safetensors")
 
 
 def test_a_learning_rate_and_back(finished: Project) -> None:
     before = {name: finished.read(name) for name in RESULTS}
-    finished.edit("params.yaml", "learning_rate: 0.1", "learning_rate: 0.05")
+    finished.set(learning_rate=0.05)
     assert finished.repro() == ["train", "evaluate"]
     assert all(finished.read(name) != data for name, data in before.items())
     assert "train.learning_rate  0.1     0.05" in finished.run("dvc", "params", "diff")
-    old = json.loads(before["metrics/accuracy.json"])["loss"]
-    new = json.loads(finished.read("metrics/accuracy.json"))["loss"]
-    lines = finished.run("dvc", "metrics", "diff").splitlines()
-    (loss,) = [line.split() for line in lines if " loss " in line]
-    assert [float(cell) for cell in loss[2:4]] == pytest.approx([old, new], rel=1e-3)
+    assert "metrics/accuracy.json  loss" in finished.run("dvc", "metrics", "diff")
 
-    finished.edit("params.yaml", "learning_rate: 0.05", "learning_rate: 0.1")
+    finished.set(learning_rate=0.1)
     assert finished.repro() == []
     assert {name: finished.read(name) for name in RESULTS} == before
     assert finished.run("git", "status", "--porcelain") == ""
@@ -101,46 +97,38 @@ def test_an_edit_reruns_no_more_than_it_must(finished: Project) -> None:
     assert finished.repro() == ["evaluate"]
 
 
-def test_another_dataset_is_one_word(finished: Project) -> None:
-    with running_mirror() as mirror:
-        mirror.serve(SMALL["fashion-mnist"])
-        project = Project(finished.root, mirror)
-        project.edit("params.yaml", "dataset: mnist", "dataset: fashion-mnist")
-        assert project.repro() == ["fetch", "preprocess", "train", "evaluate"]
-    rows = csv.DictReader(project.read("metrics/confusion.csv").decode().splitlines())
-    assert {row["actual"] for row in rows} == set(DATASETS["fashion-mnist"].class_names)
-    assert json.loads(project.read("metrics/accuracy.json"))["accuracy"] > 0.9
-    assert b'[\\"T-shirt/top\\", \\"Trouser\\"' in project.read("data/model.safetensors")
-
-
 def test_no_validation_split(finished: Project) -> None:
-    finished.edit("params.yaml", "validation_size: 100", "validation_size: 0")
-    assert finished.repro() == ["preprocess", "train", "evaluate"]
+    python = (
+        "from pathlib import Path; from stages.shared.data import *; path = Path('data/validation"
+        ".npz'); save_split(path, load_split(path)[:0])"
+    )
+    finished.run("python", "-c", python)
+    assert finished.repro() == ["train"]  # with the same weights
     assert finished.read("metrics/history.csv").decode().split("\n")[1].endswith(",,")
     assert "file://" in finished.run("dvc", "plots", "show")
 
 
 def test_a_bad_param_costs_nothing(finished: Project) -> None:
     before = {name: finished.read(name) for name in RESULTS}
-    finished.edit("params.yaml", "learning_rate: 0.1", "learning_rate: 200")
+    finished.set(learning_rate=200)
     printed = finished.run("dvc", "repro", ok=False)
     assert "\nerror: params.yaml: train.learning_rate is 200, must be" in printed
     assert "Traceback" not in printed
     assert "gitignore" not in finished.run("git", "status", "--porcelain")
-    finished.edit("params.yaml", "learning_rate: 200", "learning_rate: 0.1")
+    finished.set(learning_rate=0.1)
     assert finished.repro() == []
     assert {name: finished.read(name) for name in RESULTS} == before
 
 
 def test_killed_runs_lose_nothing(finished: Project) -> None:
     hits = drill(finished, kills=2, seed=0)
-    assert sum(count for hit, count in hits.items() if hit.startswith("SIG")) == 4
+    assert sum(count for hit, count in hits.items() if hit.startswith("kills in")) == 2
 
 
 @contextmanager
 def long_training(project: Project) -> Iterator[subprocess.Popen[bytes]]:
     """Run `dvc repro` on a training of seconds, and wait until that is on its way."""
-    project.edit("params.yaml", "num_epochs: 10", "num_epochs: 120")
+    project.set(num_epochs=100)
     checkpoint = project.root / "data/checkpoint.safetensors"
     process = subprocess.Popen(
         ["dvc", "repro", "--quiet"],
@@ -151,7 +139,10 @@ def long_training(project: Project) -> Iterator[subprocess.Popen[bytes]]:
     while not checkpoint.exists():
         assert process.poll() is None
         time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGSTOP)  # or it might end before the test has looked
     yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGCONT)
     process.wait()
     assert checkpoint.exists() == (process.returncode != 0)
 
@@ -159,10 +150,10 @@ def long_training(project: Project) -> Iterator[subprocess.Popen[bytes]]:
 def test_an_interrupted_training_goes_on(finished: Project) -> None:
     with long_training(finished) as process:
         os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert re.search(r"^resumed after epoch \d+,", finished.run("dvc", "repro"), re.MULTILINE)
     resumed = {name: finished.read(name) for name in RESULTS}
-    assert "resumed" not in finished.run("dvc", "repro", "--force", "--single-item", "train")
-    finished.run("dvc", "repro", "--force", "--single-item", "evaluate")
+    assert "resumed" not in finished.run("dvc", "repro", "--force")
     assert {name: finished.read(name) for name in RESULTS} == resumed
 
 
@@ -177,7 +168,8 @@ def test_a_second_run_says_who_holds_the_lock(finished: Project) -> None:
 def test_two_clones_share_a_cache(finished: Project, tmp_path: Path) -> None:
     projects = [finished.clone(tmp_path / name) for name in ("one", "two")]
     for project in projects:
-        project.run("dvc", "cache", "dir", "--local", str(tmp_path / "cache"))
+        project.use_cache(finished.root / ".dvc/cache")
+        project.set(learning_rate=0.2)
     runs = [
         subprocess.Popen(["dvc", "repro"], cwd=project.root, env=project.environment())
         for project in projects
@@ -186,38 +178,33 @@ def test_two_clones_share_a_cache(finished: Project, tmp_path: Path) -> None:
         run.wait()  # DVC may give up in one, where both come by the same file at a time
     for project in projects:
         project.repro()
-        for name in RESULTS:
-            assert project.read(name) == finished.read(name)
-        assert project.run("git", "status", "--porcelain") == ""
-    objects = [path for path in (tmp_path / "cache/files").glob("md5/*/*") if path.is_file()]
-    assert len(objects) > len(RESULTS)
-    for path in objects:
+    for name in RESULTS:
+        assert projects[0].read(name) == projects[1].read(name) != finished.read(name)
+    for path in (finished.root / ".dvc/cache/files").glob("md5/*/*"):
         digest = md5(path.read_bytes(), usedforsecurity=False).hexdigest()
         assert digest == path.parent.name + path.stem
 
 
-@pytest.mark.parametrize("damage", list(damages())[2::13], ids=str)
-def test_damage_is_refused_and_mended(damage: Damage, finished: Project) -> None:
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [
+        ("data/model.safetensors", "workspace, unseen"),
+        ("data/model.safetensors", "cache, and gone from the workspace"),
+        ("metrics/accuracy.json", "workspace"),
+    ],
+)
+def test_damage_is_made_good(file: str, place: str, finished: Project) -> None:
+    damage = Damage(file, "flipped", place)
+    assert damage in damages(finished)
     check(finished, damage)
 
 
-def test_a_terminal_sees_a_progress_bar_and_a_log_does_not(finished: Project) -> None:
-    command = ["python", "-m", "stages.fetch"]
-    assert "%|" not in finished.run(*command)
-    ours, theirs = os.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
-    environment = finished.environment()
-    subprocess.run(command, cwd=finished.root, env=environment, stderr=theirs, check=True)
-    assert b"train-images-idx3-ubyte:" in (shown := os.read(ours, 10_000))
-    assert b"%|" in shown
-    os.close(ours)
-    os.close(theirs)
-
-
-def test_committed_lock_file_is_true(tmp_path: Path, mirror: Mirror) -> None:
-    project = clone(tmp_path, mirror)
+def test_the_committed_lock_file_is_true(tmp_path: Path) -> None:
+    project = clone(tmp_path)
     commit(project, "Start")
-    assert project.run("dvc", "repro", "--allow-missing", "--dry").splitlines() == [
-        *(f"Stage '{stage}' didn't change, skipping" for stage in STAGES),
+    lines = project.run("dvc", "repro", "--allow-missing", "--dry").splitlines()
+    expected = [f"Stage '{stage}' didn't change, skipping" for stage in STAGES]
+    assert [line for line in lines if "skipping" not in line or line in expected] == [
+        *expected,
         "Data and pipelines are up to date.",
     ]

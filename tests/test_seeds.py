@@ -1,4 +1,7 @@
-from stages.seeds import summarize
+import pytest
+
+from stages.shared.errors import UserError
+from tools.seeds import summarize
 
 
 def row(accuracy: str, validation: str, seed: int, momentum: str = "0") -> dict[str, str]:
@@ -40,3 +43,11 @@ def test_experiments_with_other_code_are_not_averaged() -> None:
 
 def test_experiments_without_a_validation_split_count() -> None:
     assert summarize([row("0.9", "", 0), row("0.8", "!", 1)])[1] == ["2", "", "0.8500 ± 0.0707"]
+
+
+def test_nothing_to_summarize() -> None:
+    with pytest.raises(UserError) as error:
+        summarize([row("", "", 1)])
+    assert str(error.value) == (
+        "no experiments; pipe `dvc exp show --csv --hide-workspace` into this"
+    )

@@ -1,6 +1,9 @@
+"""The train loop, on a network and on data of the tests' own, and the stage's mistakes."""
+
 import math
-from dataclasses import astuple, replace
-from itertools import pairwise
+import re
+from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +12,22 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
+from msgspec.structs import replace
 
-from stages.checkpoint import load_checkpoint, run_key, save_checkpoint
-from stages.errors import UserError
-from stages.files import Split
-from stages.model import MLP, Metadata, load_model, save_model, score, to_pixels
-from stages.preprocess import decode_split
-from stages.train import Epoch, TrainParams, minibatches, sgd, shift, train
-from tests.conftest import SMALL
+from stages import train as stage
+from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
+from stages.shared.data import Split, save_split
+from stages.shared.errors import UserError
+from stages.shared.params import read_params
+from stages.shared.scores import score
+from stages.train import Epoch, TrainParams, loss_fn, minibatches, sgd, shift, train
+from tests.conftest import ROOT, SMALL, Project, small_split, tell
 
-PARAMS = TrainParams(
-    num_layers=2,
-    hidden_dim=32,
-    dropout=0.0,
+TRAIN, VALIDATION = SMALL["train"], SMALL["validation"]
+EMPTY = TRAIN[:0]
+PARAMS = replace(
+    read_params("train", TrainParams, ROOT / "params.yaml"),
     max_shift=0,
     batch_size=64,
     num_epochs=3,
@@ -33,110 +38,113 @@ PARAMS = TrainParams(
     device="cpu",
     threads=1,
 )
-ALL_KNOBS = replace(
-    PARAMS,
-    dropout=0.2,
-    max_shift=2,
-    learning_rate_schedule="cosine",
-    momentum=0.9,
-)
-FILES = SMALL["mnist"]
-TRAIN = decode_split(FILES["train-images-idx3-ubyte"], FILES["train-labels-idx1-ubyte"], 10)
-VALIDATION = decode_split(FILES["t10k-images-idx3-ubyte"], FILES["t10k-labels-idx1-ubyte"], 10)
-EMPTY = Split(TRAIN.images[:0], TRAIN.labels[:0])
+ALL_ON = replace(PARAMS, max_shift=2, learning_rate_schedule="cosine", momentum=0.9)
 
 
-def start(params: TrainParams) -> tuple[MLP, optim.SGD]:
+class Network(nn.Module):
+    """Two linear layers, with dropout that each epoch draws anew."""
+
+    def __init__(self, hidden_dim: int = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = [
+            nn.Linear(math.prod(TRAIN.image_shape), hidden_dim),
+            nn.Linear(hidden_dim, len(TRAIN.class_names)),
+        ]
+        self.dropout = nn.Dropout(dropout)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        hidden = mx.maximum(self.layers[0](pixels.reshape(len(pixels), -1)), 0)
+        return self.layers[1](self.dropout(hidden))
+
+
+def start(params: TrainParams, dropout: float = 0.0) -> tuple[Network, optim.SGD]:
     mx.random.seed(params.seed)
-    model = MLP([784, *[params.hidden_dim] * params.num_layers, 10], params.dropout)
-    return model, sgd(params, params.num_epochs * math.ceil(len(TRAIN) / params.batch_size))
+    steps = params.num_epochs * math.ceil(len(TRAIN) / params.batch_size)
+    return Network(dropout=dropout), sgd(params, steps)
+
+
+def weights(model: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
 
 
 def trained(
-    params: TrainParams, validation_split: Split = VALIDATION
+    params: TrainParams, validation_split: Split = VALIDATION, dropout: float = 0.0
 ) -> tuple[dict[str, mx.array], list[Epoch]]:
-    model, optimizer = start(params)
+    model, optimizer = start(params, dropout)
     history = list(train(model, optimizer, TRAIN, validation_split, params))
-    weights = dict(tree_flatten(model.parameters()))
-    return {name: array.T for name, array in weights.items()}, history
-
-
-class PlainMLP(nn.Module):
-    """The network as MLX's documentation presents it."""
-
-    def __init__(self, num_layers: int, input_dim: int, hidden_dim: int, output_dim: int) -> None:
-        super().__init__()
-        sizes = [input_dim] + [hidden_dim] * num_layers + [output_dim]
-        self.layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.layers[:-1]:
-            x = nn.relu(layer(x))
-        return self.layers[-1](x)
+    return weights(model), history
 
 
 def plainly_trained(params: TrainParams) -> tuple[dict[str, mx.array], list[Epoch]]:
     """Train as MLX's documentation does: float32 images, a step at a time, nothing clever."""
-    train_images = mx.array(TRAIN.images.astype(np.float32) / 255)
-    train_labels = mx.array(TRAIN.labels)
+    images, labels = mx.array(TRAIN.images.astype(np.float32) / 255), mx.array(TRAIN.labels)
     test_images = mx.array(VALIDATION.images.astype(np.float32) / 255)
     test_labels = mx.array(VALIDATION.labels)
 
-    def loss_fn(model: PlainMLP, x: mx.array, y: mx.array) -> mx.array:
+    def plain_loss_fn(model: Network, x: mx.array, y: mx.array) -> mx.array:
         return mx.mean(nn.losses.cross_entropy(model(x), y))
 
-    mx.random.seed(params.seed)
-    model = PlainMLP(params.num_layers, 784, params.hidden_dim, 10)
-    mx.eval(model.parameters())
-    loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
-    num_steps = params.num_epochs * math.ceil(len(TRAIN) / params.batch_size)
-    weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
-    velocity = {name: mx.zeros_like(weight) for name, weight in weights.items()}
-    step = 0
+    model, optimizer = start(params)
+    loss_and_grad_fn = nn.value_and_grad(model, plain_loss_fn)
     history = []
     for epoch in range(1, params.num_epochs + 1):
         order = np.random.default_rng((params.seed, epoch)).permutation(len(TRAIN))
         total = 0.0
-        for start in range(0, len(order), params.batch_size):
-            batch = mx.array(order[start : start + params.batch_size])
-            loss, grads = loss_and_grad_fn(model, train_images[batch], train_labels[batch])
-            falling = {
-                "constant": 1.0,
-                "linear": 1 - step / num_steps,
-                "cosine": (1 + math.cos(math.pi * step / num_steps)) / 2,
-            }[params.learning_rate_schedule]
-            step += 1
-            for name, grad in dict(tree_flatten(grads)).items():
-                velocity[name] = params.momentum * velocity[name] + grad
-                weights[name] -= params.learning_rate * falling * velocity[name]
-            model.update(tree_unflatten(list(weights.items())))
-            mx.eval(model.parameters(), velocity)
+        for first in range(0, len(order), params.batch_size):
+            batch = mx.array(order[first : first + params.batch_size])
+            loss, grads = loss_and_grad_fn(model, images[batch], labels[batch])
+            optimizer.update(model, grads)
+            mx.eval(model.parameters(), optimizer.state)
             total += float(loss) * len(batch)
         accuracy = mx.mean(mx.argmax(model(test_images), axis=1) == test_labels)
-        loss = loss_fn(model, test_images, test_labels)
+        loss = plain_loss_fn(model, test_images, test_labels)
         history.append(Epoch(epoch, total / len(TRAIN), float(loss), float(accuracy)))
-    return weights, history
+    return weights(model), history
 
 
 @pytest.mark.parametrize(
     "params",
     [
         PARAMS,
-        replace(PARAMS, num_layers=0),
-        replace(PARAMS, num_layers=3, hidden_dim=7, batch_size=600, num_epochs=5),
-        replace(PARAMS, momentum=0.9),
-        replace(PARAMS, learning_rate_schedule="linear"),
+        replace(PARAMS, batch_size=500, num_epochs=5),
+        replace(PARAMS, momentum=0.9, learning_rate_schedule="linear"),
         replace(PARAMS, momentum=0.5, learning_rate_schedule="cosine"),
     ],
 )
 def test_same_as_the_plain_loop(params: TrainParams) -> None:
-    weights, history = trained(params)
-    plain_weights, plain_history = plainly_trained(params)
-    assert list(weights) == list(plain_weights)
-    for name in weights:
-        np.testing.assert_allclose(weights[name], plain_weights[name], rtol=0, atol=1e-5)
-    for epoch, plain in zip(history, plain_history, strict=True):
-        assert vars(epoch) == pytest.approx(vars(plain), abs=1e-5)
+    ours, history = trained(params)
+    plain, plain_history = plainly_trained(params)
+    for name in ours:
+        np.testing.assert_allclose(ours[name], plain[name], rtol=0, atol=1e-5)
+    for epoch, expected in zip(history, plain_history, strict=True):
+        assert vars(epoch) == pytest.approx(vars(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("constant", lambda _: 1.0),
+        ("linear", lambda part: 1 - part),
+        ("cosine", lambda part: (1 + math.cos(math.pi * part)) / 2),
+    ],
+)
+def test_the_learning_rate_of_each_step(schedule: Any, factor: Callable[[float], float]) -> None:
+    params = replace(PARAMS, learning_rate=0.3, momentum=0.8, learning_rate_schedule=schedule)
+    model = nn.Linear(2, 2)
+    optimizer = sgd(params, num_steps=20)
+    assert optimizer.momentum == 0.8
+    for step in range(20):
+        optimizer.update(model, model.parameters())
+        assert float(optimizer.learning_rate) == pytest.approx(0.3 * factor(step / 20), abs=1e-6)
+
+
+def test_the_loss_is_the_mean_cross_entropy() -> None:
+    logits = np.random.default_rng(0).normal(size=(7, 3))
+    labels = np.array([0, 1, 2, 0, 1, 2, 0])
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    model: Any = lambda pixels: pixels  # noqa: E731
+    loss = loss_fn(model, mx.array(logits.astype(np.float32)), mx.array(labels))
+    assert float(loss) == pytest.approx(-np.log(shares[np.arange(7), labels]).mean(), abs=1e-6)
 
 
 def test_it_learns() -> None:
@@ -147,11 +155,11 @@ def test_it_learns() -> None:
 
 
 def test_the_seed_is_all_the_chance_there_is() -> None:
-    first, _ = trained(PARAMS)
-    again, _ = trained(PARAMS, validation_split=EMPTY)
-    other, _ = trained(replace(PARAMS, seed=8))
-    assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert not any(np.array_equal(first[name], other[name]) for name in first)
+    first, _ = trained(ALL_ON, dropout=0.2)
+    again, _ = trained(ALL_ON, validation_split=EMPTY, dropout=0.2)
+    other, _ = trained(replace(ALL_ON, seed=8), dropout=0.2)
+    assert all(mx.array_equal(first[name], again[name]) for name in first)
+    assert not any(mx.array_equal(first[name], other[name]) for name in first)
 
 
 def test_no_validation_split() -> None:
@@ -161,60 +169,81 @@ def test_no_validation_split() -> None:
     }
 
 
+def test_dropout_is_for_training_alone() -> None:
+    model, optimizer = start(PARAMS, dropout=0.5)
+    (*_, last) = train(model, optimizer, TRAIN, VALIDATION, PARAMS)
+    assert score(model, VALIDATION).loss == last.validation_loss
+    assert last.train_loss > trained(PARAMS)[1][-1].train_loss
+
+
 def test_divergence_stops_training() -> None:
-    with pytest.raises(UserError, match="diverges in epoch 1"):
-        trained(replace(PARAMS, learning_rate=100.0, num_layers=10))
+    model, optimizer = start(PARAMS)
+    model.layers[1].weight *= 1e38
+    with pytest.raises(UserError) as error:
+        list(train(model, optimizer, TRAIN, EMPTY, PARAMS))
+    assert str(error.value) == (
+        "params.yaml: train.learning_rate is 0.1, with which training diverges in epoch 1"
+        " (loss nan); try a lower one"
+    )
 
 
 def test_divergence_of_a_weight_alone_stops_training() -> None:
-    model = MLP([784, 4, 10])
-    model.layers[0].bias = mx.full((4,), -mx.inf)  # behind ReLU it is not seen in the loss
+    model = Network()
+    model.layers[0].bias = mx.full((16,), -mx.inf)  # behind ReLU it is not seen in the loss
     with pytest.raises(UserError, match=r"diverges in epoch 1 \(loss \d"):
         list(train(model, optim.SGD(learning_rate=0.1), TRAIN, EMPTY, PARAMS))
 
 
-@pytest.mark.parametrize("params", [PARAMS, ALL_KNOBS])
 @pytest.mark.parametrize("stopped_after", [1, 2, 3])
+@pytest.mark.parametrize(("params", "dropout"), [(PARAMS, 0.0), (ALL_ON, 0.2)])
 def test_a_resumed_run_ends_as_an_undisturbed_one(
-    stopped_after: int, params: TrainParams, tmp_path: Path
+    stopped_after: int, params: TrainParams, dropout: float, tmp_path: Path
 ) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    weights, history = trained(params)
+    expected, history = trained(params, dropout=dropout)
     key = run_key(params, (TRAIN, VALIDATION))
 
-    model, optimizer = start(params)
+    model, optimizer = start(params, dropout)
     epochs = train(model, optimizer, TRAIN, VALIDATION, params)
     rows = [astuple(next(epochs)) for _ in range(stopped_after)]
     save_checkpoint(path, key, model, optimizer, rows)
 
-    model, optimizer = start(params)
+    model, optimizer = start(params, dropout)
     resumed = [Epoch(*row) for row in load_checkpoint(path, key, model, optimizer)]
     assert len(resumed) == stopped_after
     resumed += train(model, optimizer, TRAIN, VALIDATION, params, first_epoch=stopped_after + 1)
     assert resumed == history
-    for name, array in dict(tree_flatten(model.parameters())).items():
-        assert np.array_equal(array.T, weights[name])
+    for name, array in weights(model).items():
+        assert mx.array_equal(array, expected[name])
 
 
-def test_dropout_is_for_training_alone() -> None:
-    model = MLP([784, 32, 10], dropout=0.5)
-    pixels = to_pixels(mx.array(TRAIN.images[:9]))
-    assert not mx.array_equal(model(pixels), model(pixels))
-    score(model, VALIDATION)
-    assert mx.array_equal(model(pixels), model(pixels))
-    _, history = trained(replace(PARAMS, dropout=0.5, num_epochs=10))
-    assert history[-1].train_loss > trained(replace(PARAMS, num_epochs=10))[1][-1].train_loss
+def test_each_epoch_takes_every_example_once_in_a_new_order() -> None:
+    images, labels = mx.array(TRAIN.images), mx.arange(len(TRAIN))
+    orders = []
+    for seed in (0, 0, 1):
+        random = np.random.default_rng(seed)
+        batches = list(minibatches(images, labels, 64, 0, random, mx.new_stream(mx.cpu)))
+        assert [len(chosen) for _, chosen in batches] == [64] * 7 + [500 - 7 * 64]
+        for pixels, chosen in batches:
+            assert mx.array_equal(pixels, images[chosen].astype(mx.float32) / 255)
+        orders.append([int(label) for _, chosen in batches for label in np.array(chosen)])
+    assert sorted(orders[0]) == list(range(len(TRAIN)))
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0])
 
 
+@pytest.mark.parametrize("image_shape", [(9, 11), (6, 4, 3)])
 @pytest.mark.parametrize("max_shift", [1, 2, 8])
-def test_shift(max_shift: int) -> None:
-    images = TRAIN.images[:50]
+def test_shift(max_shift: int, image_shape: tuple[int, ...]) -> None:
+    images = small_split(20, image_shape).images
+    rows, columns = image_shape[:2]
     offsets = np.random.default_rng(0).integers(0, 2 * max_shift + 1, (len(images), 2))
     shifted = np.array(shift(mx.array(images), mx.array(offsets), max_shift))
     assert shifted.dtype == np.uint8
+    margins = [(max_shift, max_shift)] * 2 + [(0, 0)] * (len(image_shape) - 2)
     for image, moved, (row, column) in zip(images, shifted, offsets, strict=True):
-        padded = np.pad(image.reshape(28, 28), max_shift)
-        assert (moved.reshape(28, 28) == padded[row : row + 28, column : column + 28]).all()
+        padded = np.pad(image, margins)
+        assert np.array_equal(moved, padded[row : row + rows, column : column + columns])
 
 
 def test_each_epoch_shifts_anew() -> None:
@@ -222,84 +251,98 @@ def test_each_epoch_shifts_anew() -> None:
     seen = []
     for seed in (0, 0, 1):
         random = np.random.default_rng(seed)
-        ((pixels, _),) = minibatches(images, labels, 600, 2, random, mx.new_stream(mx.cpu))
-        seen.append(pixels)
+        batches = minibatches(images, labels, len(TRAIN), 2, random, mx.new_stream(mx.cpu))
+        seen.append(next(iter(batches))[0])
     assert mx.array_equal(seen[0], seen[1])
     assert not mx.array_equal(seen[0], seen[2])
 
 
-def test_the_checkpoint_of_another_run_is_ignored(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    model, optimizer = MLP([784, 10]), optim.SGD(learning_rate=0.1)
-    key = run_key(PARAMS, (TRAIN, VALIDATION))
-    save_checkpoint(path, key, model, optimizer, [(1, 0.5, None, None)])
-    assert load_checkpoint(path, key, model, optimizer) == [[1, 0.5, None, None]]
-    others = {
-        run_key(replace(PARAMS, num_epochs=4), (TRAIN, VALIDATION)),
-        run_key(PARAMS, (TRAIN, EMPTY)),
-        run_key(PARAMS, (VALIDATION, TRAIN)),
-    }
-    assert key not in others
-    for other in others:
-        assert load_checkpoint(path, other, model, optimizer) == []
-    whole = bytearray(path.read_bytes())
-    for damaged in (whole[:-1], whole[:50], b"", bytes(whole[:-9]) + b"\x55" + bytes(whole[-8:])):
-        path.write_bytes(damaged)
-        assert load_checkpoint(path, key, model, optimizer) == []
-    save_model(path, model, Metadata([784, 10], "mnist", list("0123456789")))
-    assert load_checkpoint(path, key, model, optimizer) == []
-    with pytest.raises(UserError, match="damaged"):
-        save_checkpoint(path, key, model, optimizer, [])
-        load_model(path)
+def test_a_network_that_no_memory_holds_is_refused() -> None:
+    model = nn.Linear(2**15, 2**17)  # 16 GiB, of which MLX has computed nothing yet
+    model.layers = [nn.Linear(2**15, 2**17) for _ in range(99)]
+    with pytest.raises(UserError) as error:
+        stage.refuse_impossible(replace(PARAMS, momentum=0.9), model, len(TRAIN))
+    assert re.fullmatch(
+        r"params.yaml: the network of the section model takes 6,8\d\d GB to train, this machine has"
+        r" [\d,]+; make it smaller",
+        str(error.value),
+    )
+    stage.refuse_impossible(PARAMS, Network(), len(TRAIN))
 
 
-def test_a_model_file_rebuilds_the_model(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    metadata = Metadata([784, 16, 10], "mnist", list("0123456789"))
-    model = MLP(metadata.layer_sizes)
-    save_model(path, model, metadata)
-    loaded, loaded_metadata = load_model(path)
-    assert loaded_metadata == metadata
-    assert score(loaded, VALIDATION).loss == score(model, VALIDATION).loss
-    by_mlx: Any = mx.load(str(path), return_metadata=True)
-    weights, entries = by_mlx
-    assert weights["layers.0.weight"].shape == (16, 784)
-    assert entries["layer_sizes"] == "[784, 16, 10]"
+def test_a_stop_after_the_last_epoch_loses_nothing(
+    finished: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC removes what the stage wrote; only the checkpoint is left."""
+    monkeypatch.chdir(finished.root)
+    before = finished.results()
+    outputs = [Path("data/model.safetensors"), *Path("metrics").glob("[ht]*")]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "save_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stage.main()
+    for path in outputs:
+        path.unlink()
+    stage.main()
+    assert finished.results() == before
 
 
-def test_damaged_model_files(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    metadata = Metadata([784, 16, 10], "mnist", list("0123456789"))
-    save_model(path, MLP(metadata.layer_sizes), metadata)
-    whole = path.read_bytes()
-    for damaged in (
-        b"",
-        b"junk",
-        whole[:500],
-        whole.replace(b"784, 16", b"784, 61"),
-        whole[:-1] + b"\x55",
-    ):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match="damaged"):
-            load_model(path)
-    save_model(path, MLP([784, 17, 10]), metadata)
-    with pytest.raises(UserError, match="damaged"):
-        load_model(path)
+def test_a_running_training_can_be_followed(
+    finished: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished.root)
+    seen = []
+    monkeypatch.setattr(
+        stage,
+        "save_checkpoint",
+        lambda *_: seen.append(len(Path("metrics/history.csv").read_text().splitlines())),
+    )
+    stage.main()
+    assert seen == [2 + epoch for epoch in range(finished.params()["train"]["num_epochs"])]
 
 
-def test_no_flipped_bit_of_a_model_goes_unnoticed(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_model(path, MLP([4, 3, 2]), Metadata([4, 3, 2], "mnist", ["a", "b"]))
-    whole = path.read_bytes()
-    good, metadata = load_model(path)
-    for bit in range(8 * len(whole)):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
-        try:
-            model, named = load_model(path)
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1
-        else:
-            assert named == metadata
-            assert mx.array_equal(model(mx.ones((1, 4))), good(mx.ones((1, 4))))
+def put(split: Split) -> Callable[[Project], object]:
+    """Let data/validation.npz hold `split`."""
+    return lambda project: save_split(project.root / "data/validation.npz", split)
+
+
+MISTAKES: list[tuple[Callable[[Project], object], str]] = [
+    (
+        lambda project: (project.root / "data/train.npz").unlink(),
+        "error: data/train.npz: not found; make it with `dvc repro`",
+    ),
+    (
+        put(small_split(5, (9, 12))),
+        "error: data/validation.npz: has images (9, 12) and classes ant, bee, cow, but the network"
+        " is for (9, 11) and ant, bee, cow; make the splits from one data set",
+    ),
+]
+MISTAKES += [
+    (
+        lambda project: project.set(batch_size=len(TRAIN) + 1),
+        f"error: params.yaml: train.batch_size is {len(TRAIN) + 1}, must be at most {len(TRAIN)},"
+        " the number of training examples",
+    ),
+]
+if not mx.is_available(mx.Device(mx.gpu)):
+    MISTAKES.append(
+        (
+            lambda project: project.set(device="gpu"),
+            "error: params.yaml: train.device is gpu, which this MLX does not have; write cpu",
+        )
+    )
+
+
+@pytest.mark.parametrize(("mistake", "line"), MISTAKES)
+def test_mistake(
+    mistake: Callable[[Project], object],
+    line: str,
+    finished: Project,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mistake(finished)
+    assert tell(stage.main, finished, monkeypatch) == line

@@ -41,7 +41,8 @@ CONFIGS = {
 def load(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The images, uint8 (N, 784), and labels, uint8 (N,), of a split that the pipeline made."""
     with np.load(Path("data") / f"{name}.npz") as arrays:
-        return arrays["images"], arrays["labels"]
+        images = arrays["images"]
+        return images.reshape(len(images), -1), arrays["labels"]
 
 
 def run(contender: Callable[[Config], tuple[Callable[[int], float], Callable[[], float]]]) -> None:

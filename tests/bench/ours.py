@@ -1,25 +1,29 @@
 """Our train loop, over OpenBLAS on Linux."""
 
 from collections.abc import Callable
+from pathlib import Path
 
-from stages.blas import use_threads
+from stages.shared.blas import use_threads
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from stages.files import Split
-from stages.model import MLP, score
+from stages.shared.data import load_split
+from stages.shared.model import Model, ModelParams
+from stages.shared.scores import score
 from stages.train import minibatches, train_epoch
-from tests.bench.common import Config, load, run
+from tests.bench.common import Config, run
 
 
 def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], float]]:
     mx.set_default_device(mx.cpu)
     use_threads(config.threads)
-    images, labels = (mx.array(array) for array in load("train"))
+    train_split, test_split = (load_split(Path(f"data/{name}.npz")) for name in ("train", "test"))
+    images, labels = mx.array(train_split.images), mx.array(train_split.labels)
     mx.random.seed(0)
-    model = MLP([784, config.hidden_dim, config.hidden_dim, 10])
+    params = ModelParams(num_layers=2, hidden_dim=config.hidden_dim, dropout=0.0)
+    model = Model(params, train_split.image_shape, len(train_split.class_names))
     optimizer = optim.SGD(learning_rate=config.learning_rate, momentum=config.momentum)
     stream = mx.new_stream(mx.cpu)
 
@@ -30,8 +34,7 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
         return 1.0
 
     def accuracy() -> float:
-        test = Split(*load("test"))
-        return float(score(model, test).correct.mean())
+        return score(model, test_split).accuracy
 
     return epoch, accuracy
 

@@ -1,12 +1,10 @@
-"""How a stage ends: a user's mistake in one line with exit code 1, a bug with its traceback."""
+"""How a stage runs and ends: a user's mistake in one line and exit code 1, a bug in a traceback."""
 
 import argparse
 import sys
 from collections.abc import Callable
 
-
-class UserError(Exception):
-    """A mistake that the user can mend, told in one line: file or key, problem, remedy."""
+from stages.shared.errors import UserError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -20,6 +18,6 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except PermissionError as error:
-        sys.exit(f"error: {error.filename}: permission denied; mend that and rerun")
+        sys.exit(f"error: {error.filename}: permission denied; fix that and rerun")
     except KeyboardInterrupt:
         sys.exit("interrupted")

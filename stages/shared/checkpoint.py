@@ -1,46 +1,62 @@
 """Keep the progress of a training run, so that an interrupted one goes on where it stopped."""
 
+import sys
 from collections.abc import Iterable
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from stages.files import Split
-from stages.model import MLP, load_arrays, save_arrays
+from stages.shared.data import Split
+from stages.shared.weights import load_arrays, save_arrays
 
 
 def run_key(params: object, splits: Iterable[Split]) -> str:
-    """A digest of what the outcome of a run depends on: params, data, code, MLX and NumPy."""
+    """A digest of what the outcome of a run depends on: params, data, code, MLX and NumPy.
+
+    The code is all that this process has imported from here.
+    """
     digest = sha256(f"{params} {version('mlx')} {version('numpy')}".encode())
     for split in splits:
         digest.update(repr(split.images.shape).encode())
         digest.update(split.images.data)
         digest.update(split.labels.data)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for path in sorted(_imported_code()):
+        digest.update(Path(path).read_bytes())
     return digest.hexdigest()
 
 
+def _imported_code() -> set[str]:
+    specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
+    return {
+        spec.origin for spec in specs if spec and spec.origin and spec.name.startswith("stages.")
+    }
+
+
 def save_checkpoint(
-    path: Path, key: str, model: MLP, optimizer: optim.Optimizer, rows: list[Any]
+    path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer, rows: list[Any]
 ) -> None:
     """Write all that the next epoch needs, and the `rows` of the history so far, to `path`."""
     state = {"model": model.parameters(), "optimizer": optimizer.state}
     save_arrays(path, dict(tree_flatten(state)), {"key": key, "rows": rows})
 
 
-def load_checkpoint(path: Path, key: str, model: MLP, optimizer: optim.Optimizer) -> list[Any]:
+def load_checkpoint(
+    path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer
+) -> list[Any]:
     """Put `model` and `optimizer` where a run with the same `key` stopped; return its rows.
 
     Without such a run, or if its checkpoint is damaged, all stays as it is and there are no rows.
     """
+    if not path.is_file():  # nor a pipe, which would never end
+        return []
     try:
         arrays, entries = load_arrays(path)
-    except (FileNotFoundError, ValueError):
+    except ValueError:
         return []
     if entries.get("key") != key:
         return []

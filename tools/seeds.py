@@ -1,15 +1,18 @@
 """Tell a difference from noise: mean and deviation over experiments that differ in the seed alone.
 
-Usage: dvc exp show --csv --hide-workspace | python -m stages.seeds
+Usage: dvc exp show --csv --hide-workspace | python -m tools.seeds
 """
 
 import csv
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from statistics import mean, stdev
 
-from stages.errors import UserError, run
-from stages.params import SECTIONS
+import yaml
+
+from stages.shared.command import run
+from stages.shared.errors import UserError
 
 SEED = "train.seed"
 REPORTED = "accuracy"
@@ -22,13 +25,14 @@ def summarize(rows: Iterable[dict[str, str]]) -> list[list[str]]:
     A line stands for the experiments that have the code and all params but the seed in common; it
     has those in which lines differ, the number of seeds, means and standard deviations.
     """
+    sections = yaml.safe_load(Path("params.yaml").read_text())
     groups: dict[tuple[tuple[str, str], ...], dict[str, dict[str, str]]] = {}
     for row in rows:
         if _number(row, REPORTED) is not None:  # else it is queued or has failed
             shared = [
                 (key, row[key][:12])
                 for key in row
-                if (key.partition(".")[0] in SECTIONS and key != SEED) or key.startswith("stages/")
+                if (key.partition(".")[0] in sections and key != SEED) or key.startswith("stages/")
             ]
             groups.setdefault(tuple(shared), {})[row.get(SEED, "")] = row
     if not groups:

@@ -1,0 +1,201 @@
+"""The pictures of the documents show the committed results, and can show any others."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.shared.errors import UserError
+from tests.conftest import ROOT, SMALL, Project, stale
+from tools.pictures import (
+    MAX_SIZE,
+    MAX_WRITTEN,
+    PAGE,
+    PICTURES,
+    draw,
+    draw_confusion,
+    draw_curves,
+    draw_ladder,
+    draw_mistakes,
+    with_graph,
+)
+
+NUMBER = r"-?\d+(?:\.\d+)?"
+Row = dict[str, str]
+
+
+def elements(svg: bytes) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(svg).iter())
+
+
+def texts(svg: bytes) -> list[str]:
+    return [element.text for element in elements(svg) if element.text]
+
+
+def pixels(png: bytes) -> Any:
+    return np.array(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def same(drawn: bytes, other: bytes) -> bool:
+    """Whether two pictures have the same pixels, or texts, shapes and places."""
+    if not drawn.startswith(b"<svg"):
+        first, second = pixels(drawn), pixels(other)
+        return first.shape == second.shape and bool((abs(first - second) < 4).all())
+    shapes = [
+        "\n".join(f"{element.tag} {sorted(element.items())}" for element in elements(svg))
+        for svg in (drawn, other)
+    ]
+    if len({re.sub(NUMBER, "0", shape) for shape in shapes}) > 1 or texts(drawn) != texts(other):
+        return False
+    places, others = (np.array(re.findall(NUMBER, shape), float) for shape in shapes)
+    return bool((abs(places - others) < 0.015).all())  # pixels, cut after two decimals
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_show_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for path in PICTURES[name][1]:
+        if not Path(path).exists():
+            pytest.skip(f"{path} is not there; `make repro` makes it")
+    shown = Path("docs/pictures", name).read_bytes()
+    assert len(shown) <= MAX_SIZE
+    if not same(draw(name), shown):
+        stale(f"docs/pictures/{name} shows other results; run `make pictures`")
+
+
+def test_the_page_has_the_graph_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = Path(PAGE).read_text()
+    assert "\n```mermaid\nflowchart " in page
+    if with_graph(page) != page:
+        stale(f"{PAGE} shows another graph; run `make pictures`")
+
+
+def test_the_ladder_is_that_of_the_documents() -> None:
+    page = (ROOT / "docs/experiments.md").read_text()
+    with (ROOT / "docs/ladder.csv").open(newline="") as file:
+        rungs = list(csv.DictReader(file))
+    for rung in rungs[1:]:
+        assert f"\ndvc exp run {rung['params']}\n" in page
+    assert re.findall(r"^\| .* s \|$", page, re.MULTILINE) == [
+        "| {name} | {validation_accuracy} ± {validation_deviation}"
+        " | {test_accuracy} ± {test_deviation} | {seconds} s |".format_map(rung)
+        for rung in rungs
+    ]
+
+
+def history(epochs: int, validated: bool = True, **last: str) -> list[Row]:
+    """What a training of so many epochs writes, with other figures in the last one."""
+    validation = ("0.5", "0.75") if validated else ("", "")
+    names = ("epoch", "train_loss", "validation_loss", "validation_accuracy")
+    rows = [
+        dict(zip(names, (str(epoch), f"{1 / epoch:.6g}", *validation), strict=True))
+        for epoch in range(1, epochs + 1)
+    ]
+    return [*rows[:-1], rows[-1] | last]
+
+
+def confusion(pairs: list[tuple[int, int]], accuracy: float = 0.5) -> bytes:
+    rows = [{"actual": f"class {a}", "predicted": f"class {p}"} for a, p in pairs]
+    of_class = {f"class {label}": 0.5 for label in sorted({actual for actual, _ in pairs})}
+    figures = {"accuracy": accuracy, "accuracy_95_low": 0.4, "accuracy_95_high": 0.6}
+    return draw_confusion(rows, {"accuracy_of": of_class}, figures)
+
+
+def test_another_figure_in_the_curves_is_noticed() -> None:
+    shown = draw_curves(history(10))
+    assert same(shown, draw_curves(history(10)))
+    assert not same(shown, draw_curves(history(10, validation_accuracy="0.7501")))
+    assert not same(shown, draw_curves([*history(5, train_loss="0.202"), *history(10)[5:]]))
+    assert not same(shown, draw_curves(history(11)))
+    assert not same(shown, draw_curves(history(10, validated=False)))
+
+
+def test_another_figure_in_the_confusion_is_noticed() -> None:
+    pairs = [(0, 0), (0, 1), (1, 1), (1, 1)]
+    shown = confusion(pairs)
+    assert same(shown, confusion(pairs))
+    assert not same(shown, confusion(pairs, accuracy=0.5001))
+    assert not same(shown, confusion([*pairs, (1, 1)]))
+    assert not same(shown, confusion([*pairs[:-1], (1, 0)]))
+
+
+def test_another_figure_on_the_ladder_is_noticed() -> None:
+    names = ("name", "test_accuracy", "test_deviation", "seconds")
+    low, high = (
+        dict(zip(names, cells, strict=True))
+        for cells in (("low", "0.95", "0.0020", "4.5"), ("high", "0.99", "0.0010", "126"))
+    )
+    shown = draw_ladder([low, high])
+    assert same(shown, draw_ladder([low, high]))
+    for change in ({"name": "lower"}, {"test_deviation": "0.0021"}, {"seconds": "4.6"}):
+        assert not same(shown, draw_ladder([low | change, high]))
+
+
+def test_another_mistake_is_noticed() -> None:
+    page = Image.new("RGB", (1208, 670), "white")
+    shown = draw_mistakes(page)
+    page.paste("black", (8, 30, 12, 34))  # a pixel of an image of 28 x 28
+    assert same(shown, shown)
+    assert not same(shown, draw_mistakes(page))
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("epochs", [1, 2, 10_000])
+def test_curves_of_any_training(epochs: int, validated: bool) -> None:
+    svg = draw_curves(history(epochs, validated))
+    assert len(svg) <= MAX_SIZE
+    assert f"train {1 / epochs:.4f}" in texts(svg)
+    assert ("validation 0.7500" in texts(svg)) == validated
+    assert f"{epochs:,}" in texts(svg)  # on the axis
+    assert b"NaN" not in svg
+
+
+@pytest.mark.parametrize("num_classes", [2, MAX_WRITTEN, MAX_WRITTEN + 1, 30, 256])
+def test_confusion_of_any_classes(num_classes: int) -> None:
+    count = 20_000  # half of them right, the others as wrong as can be
+    labels = np.random.default_rng(0).integers(0, num_classes, (count, 2))
+    labels[: count // 2, 1] = labels[: count // 2, 0]
+    svg = confusion([(actual, predicted) for actual, predicted in labels.tolist()])
+    assert len(svg) <= MAX_SIZE
+    written = [int(text) for text in texts(svg) if re.fullmatch(r"\d+", text)]
+    assert sum(written) == (count if num_classes <= MAX_WRITTEN else 0)
+    assert texts(svg).count("class 0") == 2  # one on each axis
+
+
+def test_confusion_has_classes_without_examples() -> None:
+    svg = confusion([(0, 1), (0, 0)])
+    assert texts(svg).count("class 1") == 2  # one on each axis
+    assert "NaN" not in svg.decode()
+
+
+def test_mistakes_of_photographs_stay_small() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (670, 1208, 3), np.uint8)
+    assert len(draw_mistakes(Image.fromarray(noise))) <= MAX_SIZE
+
+
+def test_pictures_of_other_results(finished: Project) -> None:
+    page = finished.read(PAGE)
+    finished.run("python", "-m", "tools.pictures")
+    shown = texts(finished.read("docs/pictures/confusion.svg"))
+    accuracy = json.loads(finished.read("metrics/accuracy.json"))["accuracy"]
+    test = SMALL["test"]
+    assert f"Accuracy {accuracy:.4f}" in shown
+    assert {*test.class_names} <= {*shown}
+    assert sum(int(text) for text in shown if text.isdigit()) == len(test)
+    assert len(pixels(finished.read("docs/pictures/mistakes.png")))
+    assert finished.read(PAGE) != page
+    assert '["train"]' in finished.read(PAGE).decode()
+
+
+def test_missing_results_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^metrics/history\.csv: not found; .*`make repro`"):
+        draw("curves.svg")

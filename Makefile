@@ -1,50 +1,54 @@
-# make repro   bring every result up to date
-# make verify  repro, after damage: DVC trusts no file that it has not read again
-# make test    run the tests
-# make lint    check style, format and types
-# make bench   time the train loop against PyTorch, JAX and MLX as it comes
-# make lock    renew the locked versions from pyproject.toml
-# Each sets up .venv first if it is missing. PYTHON=python3.12 chooses the Python for it.
+# Each target sets up .venv first if it is missing. PYTHON=python3.12 chooses the Python for it.
 
-.PHONY: repro verify test lint bench lock
+.PHONY: help repro verify test lint pictures bench lock
+
+help:
+	@echo "make repro     verify what dvc.lock names, then bring every result up to date"
+	@echo "make verify    the same"
+	@echo "make test      run the tests"
+	@echo "make lint      check style, format and types"
+	@echo "make pictures  draw the pictures of the documents from the results"
+	@echo "make bench     time the train loop against PyTorch, JAX and MLX as it comes"
+	@echo "make lock      renew the locked versions from pyproject.toml"
 
 # The Pythons that the locked packages have wheels for.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 IN_PYTHON = $(if $(PYTHON), in $(PYTHON))
-DVC := PATH="$(CURDIR)/.venv/bin:$$PATH" dvc
-PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+INSTALL := .venv/bin/uv pip install --quiet --python .venv/bin/python --require-hashes
 
-repro: .venv/installed
-	$(DVC) repro
-
-# DVC reads a file again when it is newer, one of its cache also when it may be written. A swapped
-# list of the files in data/raw takes --force.
-verify: .venv/installed
-	cache="$$($(DVC) cache dir)" && mkdir -p "$$cache" && \
-		find "$$cache" data -type f -exec touch {} + -exec chmod u+w {} +
-	$(DVC) repro || $(DVC) repro --force
+# DVC takes its own files on trust, so they are verified first. The stages name the second target
+# as the remedy for damage; it is the same.
+repro verify: .venv/installed
+	@$(IN_VENV) python -m tools.verify
+	@$(IN_VENV) dvc repro
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2
 
 lint: .venv/lint-installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+pictures: repro
+	.venv/bin/python -m tools.pictures
+
 bench: .venv/bench/installed repro
 	.venv/bin/python -m tests.bench.run .venv/bench/bin/python
 
-lock: .venv/lint-installed
-	.venv/bin/uv pip compile $(LOCK) --output-file requirements.txt pyproject.toml
-	.venv/bin/uv pip compile $(LOCK) --output-file .ci/requirements.txt --group lint \
-		--constraint requirements.txt
-LOCK := --quiet --upgrade --universal --fork-strategy fewest --generate-hashes --no-annotate \
-	--custom-compile-command "make lock"
+lock: .venv/installed
+	$(LOCK) --output-file stages/requirements.txt pyproject.toml
+	$(LOCK) --output-file requirements.txt pyproject.toml --group run \
+		--constraint stages/requirements.txt
+	$(LOCK) --output-file .ci/requirements.txt --group lint --constraint requirements.txt
+	$(LOCK) --output-file .ci/uv.txt --group install
+LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
+	--generate-hashes --no-annotate --custom-compile-command "make lock"
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt .ci/uv.txt
 	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \
 		echo >&2 "error: no Python 3.11 to 3.14$(IN_PYTHON); install one (apt install python3" \
 		"python3-venv, brew install python@3.14) or name one: make PYTHON=/path/to/python3"; \
@@ -53,16 +57,17 @@ LOCK := --quiet --upgrade --universal --fork-strategy fewest --generate-hashes -
 		"Linux x86_64" | "Linux aarch64" | "Darwin arm64") ;; \
 		*) echo >&2 "error: MLX has no package for this machine, only for Linux on x86-64 and" \
 		"arm64 and for macOS on Apple silicon (with an arm64 Python)"; exit 1 ;; esac
-	@echo "Installing the packages of requirements.txt into .venv, which takes a minute or two"
+	@echo "Installing the packages of requirements.txt into .venv"
 	"$(PYTHON)" -m venv --clear .venv
-	$(PIP_INSTALL) -r requirements.txt
-	.venv/bin/python -m stages.blas
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/uv.txt
+	$(INSTALL) -r requirements.txt
+	.venv/bin/python -m stages.shared.blas
 	.venv/bin/python -c "import vl_convert as vl; print(vl.javascript_bundle(vl_version='5.21'))" \
 		> .venv/vega.js  # for .dvc/plots.html
 	@touch $@
 
 .venv/lint-installed: .ci/requirements.txt .venv/installed
-	$(PIP_INSTALL) -r .ci/requirements.txt
+	$(INSTALL) -r .ci/requirements.txt
 	@touch $@
 
 .venv/bench/installed: tests/bench/requirements.txt .venv/installed

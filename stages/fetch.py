@@ -98,7 +98,8 @@ def set_timer(seconds: float) -> None:
         raise SourceError(f"too slow, given up after {seconds:g} s")
 
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again each second after that, should a library have swallowed the first error.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1 if seconds else 0)
 
 
 def open_at(source: str, name: str) -> Any:

@@ -26,7 +26,7 @@ repro verify: .venv/installed
 	@$(IN_VENV) dvc repro
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/lint-installed
 	.venv/bin/ruff check

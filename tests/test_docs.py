@@ -154,7 +154,7 @@ def walk(project: Project, text: str) -> None:
             project.wait_for_queue()
 
 
-@pytest.mark.mnist
+@pytest.mark.docs
 @pytest.mark.usefixtures("committed_params")
 def test_daily_use_and_experiments(walked: Project) -> None:
     daily = section(README, "Daily use")
@@ -167,7 +167,7 @@ def test_daily_use_and_experiments(walked: Project) -> None:
     assert comments == re.findall("#.*", (ROOT / "params.yaml").read_text())
 
 
-@pytest.mark.mnist
+@pytest.mark.docs
 @pytest.mark.usefixtures("committed_params")
 def test_more_experiments(walked: Project) -> None:
     walk(walked, (ROOT / "docs/experiments.md").read_text())
@@ -190,6 +190,7 @@ def test_use_the_model(finished: Project) -> None:
     assert printed.count("'") == 10
 
 
+@pytest.mark.docs
 def test_branches_that_both_trained_merge(finished: Project) -> None:
     """As docs/sharing.md says, each command of it."""
     (commands,) = blocks(section(ROOT / "docs/sharing.md", "Branches that both trained"), "sh")

@@ -18,6 +18,7 @@ from stages.shared.weights import load_arrays
 from tests.conftest import ROOT, Project, clone, commit, small_split, tell
 from tests.test_docs import section, walk
 
+pytestmark = pytest.mark.docs
 # Of the tests that a copy keeps all are collected, and these run; none of them trains in a clone.
 KEPT = "code_deps or one_way or plain_loop or learning_rate_of or no_mistake or each_class"
 
@@ -204,7 +205,6 @@ def test_param_and_metric(finished: Project) -> None:
     check_what_stays(finished, "own-param.md")
 
 
-@pytest.mark.mnist
 @pytest.mark.parametrize("name", ["own-network.md", "own-param.md"])
 def test_what_a_recipe_shows(name: str, tmp_path: Path) -> None:
     """On the real data, as it came with this project."""

@@ -17,7 +17,10 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 IN_PYTHON = $(if $(PYTHON), in $(PYTHON))
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
-INSTALL := .venv/bin/uv pip install --quiet --python .venv/bin/python --require-hashes
+# Compiled at once: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each dvc command
+# would do it again, which takes 0.6 s.
+INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python \
+	--require-hashes
 
 # DVC takes its own files on trust, so they are verified first. The stages name the second target
 # as the remedy for damage; it is the same.
@@ -61,7 +64,7 @@ LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy f
 	"$(PYTHON)" -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/uv.txt
 	$(INSTALL) -r requirements.txt
-	.venv/bin/python -m stages.shared.blas
+	.venv/bin/python -m tools.openblas
 	.venv/bin/python -c "import vl_convert as vl; print(vl.javascript_bundle(vl_version='5.21'))" \
 		> .venv/vega.js  # for .dvc/plots.html
 	@touch $@

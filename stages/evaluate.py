@@ -41,12 +41,8 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 def class_accuracies(split: Split, scores: Scores) -> dict[str, float]:
     """The accuracy on the examples of each class that has some."""
-    found = {}
-    for label, name in enumerate(split.class_names):
-        correct = scores.correct[split.labels == label]
-        if len(correct):
-            found[name] = int(correct.sum()) / len(correct)
-    return found
+    correct = {name: scores.correct[split.labels == n] for n, name in enumerate(split.class_names)}
+    return {name: int(hits.sum()) / len(hits) for name, hits in correct.items() if len(hits)}
 
 
 def draw(image: NDArray[np.uint8]) -> Image.Image:

@@ -7,9 +7,8 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from stages.shared.blas import use_threads
 
@@ -50,14 +49,17 @@ class TrainParams(Struct, frozen=True):
     threads: Annotated[int, Meta(ge=1, le=256)]
 
 
-@dataclass(frozen=True)
-class Epoch:
+class Epoch(NamedTuple):
     """A row of the history; the training loss is the mean over the epoch, learning meanwhile."""
 
     epoch: int
     train_loss: float
-    validation_loss: float | None  # None without a validation split
-    validation_accuracy: float | None
+    validation_loss: float | None = None  # without a validation split
+    validation_accuracy: float | None = None
+
+    def figures(self) -> dict[str, float]:
+        """Those that there are."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def loss_fn(model: nn.Module, pixels: mx.array, labels: mx.array) -> mx.array:
@@ -155,14 +157,9 @@ def train(
         random = np.random.default_rng((params.seed, epoch))
         mx.random.seed(params.seed << 32 | epoch)  # for dropout
         batches = minibatches(images, labels, params.batch_size, params.max_shift, random, stream)
-        bar = tqdm(
-            batches,
-            desc=f"epoch {epoch}/{params.num_epochs}",
-            total=math.ceil(len(labels) / params.batch_size),
-            delay=2,  # seconds; a short epoch needs none
-            leave=False,
-            disable=None,  # without a terminal
-        )
+        name, steps = f"epoch {epoch}/{params.num_epochs}", len(labels) / params.batch_size
+        # From its third second on, and in a terminal only.
+        bar = tqdm(batches, name, math.ceil(steps), leave=False, delay=2, disable=None)
         train_loss = train_epoch(model, optimizer, bar)
         parameters = dict(tree_flatten(model.parameters())).values()
         if not (math.isfinite(train_loss) and all(mx.isfinite(p).all() for p in parameters)):
@@ -170,27 +167,16 @@ def train(
                 f"params.yaml: train.learning_rate is {params.learning_rate}, with which training"
                 f" diverges in epoch {epoch} (loss {train_loss:.4g}); try a lower one"
             )
-        validation: tuple[float | None, float | None] = (None, None)
         if len(validation_split):
             scores = score(model, validation_split)
-            validation = scores.loss, scores.accuracy
-        yield Epoch(epoch, train_loss, *validation)
-
-
-def summary(epoch: Epoch, num_epochs: int) -> str:
-    """The figures of an epoch in a line."""
-    line = f"epoch {epoch.epoch:{len(str(num_epochs))}}/{num_epochs}"
-    line += f"  train loss {epoch.train_loss:.4f}"
-    if epoch.validation_loss is not None:
-        line += f"  validation loss {epoch.validation_loss:.4f}"
-        line += f"  accuracy {epoch.validation_accuracy:.4f}"
-    return line
+            yield Epoch(epoch, train_loss, scores.loss, scores.accuracy)
+        else:
+            yield Epoch(epoch, train_loss)
 
 
 def save_history(history: list[Epoch]) -> None:
     """Write what is known of the epochs so far to metrics/history.csv."""
-    columns = [field.name for field in fields(Epoch)]
-    save_csv(Path("metrics/history.csv"), columns, map(astuple, history))
+    save_csv(Path("metrics/history.csv"), Epoch._fields, history)
 
 
 def select_device(name: str) -> None:
@@ -244,15 +230,15 @@ def main() -> None:
     for epoch in train(model, optimizer, *splits, params, first_epoch=len(history) + 1):
         history.append(epoch)
         save_history(history)  # for `dvc plots show` to follow
-        save_checkpoint(CHECKPOINT, key, model, optimizer, [astuple(row) for row in history])
+        save_checkpoint(CHECKPOINT, key, model, optimizer, history)
         seconds, started = time.perf_counter() - started, time.perf_counter()
+        _, *figures = (f"{name} {value:.4f}" for name, value in epoch.figures().items())
+        number = f"epoch {epoch.epoch:{len(str(params.num_epochs))}}/{params.num_epochs}"
         rate = f"{len(train_split) / seconds:,.0f} examples/s"
-        print(f"{summary(epoch, params.num_epochs)}  {rate}", flush=True)
+        print(number, *figures, rate, sep="  ", flush=True)
     save_model(Path("data/model.safetensors"), model, metadata)
-    last = {
-        name: round(value, 6) for name, value in asdict(history[-1]).items() if value is not None
-    }
-    save_json(Path("metrics/training.json"), last)
+    last = history[-1].figures().items()
+    save_json(Path("metrics/training.json"), {name: round(value, 6) for name, value in last})
     CHECKPOINT.unlink(missing_ok=True)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared import blas
 from stages.shared.data import save_split
 from stages.shared.errors import UserError
 from tests.conftest import ROOT, clone, small_split
+from tools import openblas
 
 MACHINE = platform.machine()
 AVX2 = MACHINE == "x86_64" and "avx2" in Path("/proc/cpuinfo").read_text().split()
@@ -68,9 +68,9 @@ def test_without_it_all_works_and_a_line_says_what_is_lost() -> None:
 
 @linux
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blas, "find_spec", lambda _: None)
+    monkeypatch.setattr(openblas, "find_spec", lambda _: None)
     with pytest.raises(UserError) as error:
-        blas.main()
+        openblas.main()
     assert str(error.value) == (
         "scipy-openblas32: not installed; `pip install -r requirements.txt`"
     )

@@ -152,7 +152,6 @@ MISTAKES: list[tuple[str | bytes, str]] = [
     (with_param("hidden_dim", "0"), f"{DIM} 0, {DIM_MUST}"),
     (with_param("hidden_dim", "8193"), f"{DIM} 8193, {DIM_MUST}"),
     (with_param("hidden_dim", "-" + "9" * 100), f"{DIM} -{'9' * 59}, {DIM_MUST}"),
-    (with_param("hidden_dim", "1:30"), f"{DIM} '1:30', {DIM_MUST}"),
     (with_param("hidden_dim", "|\n    32"), f"{DIM} '32\\n', {DIM_MUST}"),
     (with_param("hidden_dim", LONG), f"{DIM} '{LONG[:59]}, {DIM_MUST}"),
     (with_param("hidden_dim", '"\\e\\ud800"'), rf"{DIM} '\x1b\ud800', {DIM_MUST}"),
@@ -176,6 +175,7 @@ MISTAKES: list[tuple[str | bytes, str]] = [
         (with_param("hidden_dim", text), not_plain(4, text))
         for text in (
             *("040", "-010", "00", "0x20", "0b11", "0o40", "1_000", "1_000.5", "._5", "+.5e1"),
+            *("1:30", "12:30:45", "1.2.3", "3d", "2020-01", "0x", "0o8", "1,5", "1e5x", "1.5e"),
             *(".nan", "-.inf", "+.INF", "2020-01-02", "2020-13-45", "2020-01-02 03:04:05"),
         )
     ],
@@ -280,9 +280,9 @@ def test_mistake_of_another_type(value: dict[str, Any], line: str) -> None:
 SAME_AS_DVC = [
     *("yes", "No", "on", "OFF", "y", "true", "True", "TRUE", "false", "False", "FALSE", "tRue"),
     *("", "~", "null", "Null", "NULL", "nULL", "none", "0", "-0", "+1", "12", "1e5", "1E-5"),
-    *("1e-05", "+1e+5", "1.", "1.e5", "0.5", ".5", "-.5", "+.5", "5.0e-1", "1.5e", "e5", ".e5"),
-    *("1:30", "1:30.5", "12:30:45", "1.2.3", "3d", "20news", "2020-01", "0x", "0o8", "nan", "inf"),
-    *(".", "..", "_", "+", "<", "a b", "a#b", "a #b", "a:b", "1,5", "٣٢", "½"),
+    *("1e-05", "+1e+5", "1.", "1.e5", "0.5", ".5", "-.5", "+.5", "5.0e-1", "e5", ".e5"),
+    *("nan", "inf", "x1", "a-1", "v1.2"),
+    *(".", "..", "_", "+", "<", "a b", "a#b", "a #b", "a:b", "٣٢", "½"),
     *(
         "'1'",
         '"1"',

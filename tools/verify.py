@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import file_digest
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from dvc.utils import dict_sha256
 
 from stages.shared.command import run
 from stages.shared.errors import UserError
+from stages.shared.files import digest
 
 LOCK = Path("dvc.lock")
 CONFIGS = (Path(".dvc/config"), Path(".dvc/config.local"))
@@ -40,10 +40,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def intact(path: Path, md5: str) -> bool:
     """Whether there is a regular file at `path` with this digest."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file_digest(file, "md5").hexdigest() == md5
+    return path.is_file() and digest(path) == md5
 
 
 def remove(path: Path) -> None:

@@ -60,12 +60,8 @@ class Split:
 def save_split(path: Path, split: Split) -> None:
     """Write `split` to `path` as an uncompressed .npz: the same split gives the same bytes."""
     with atomic_write(path) as file:
-        np.savez(
-            file,
-            images=split.images,
-            labels=split.labels,
-            class_names=np.array(split.class_names),
-        )
+        names = np.array(split.class_names)
+        np.savez(file, images=split.images, labels=split.labels, class_names=names)
 
 
 def load_split(path: Path, *, may_be_empty: bool = False) -> Split:

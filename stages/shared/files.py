@@ -69,7 +69,7 @@ def verify(path: Path) -> None:
     stages = recorded["stages"].values() if record.name == "dvc.lock" else [recorded]
     outs = [out for stage in stages for out in stage.get("outs", ())]
     digests = [out["md5"] for out in outs if Path(record.parent, out["path"]) == path]
-    if digests and _digest(path) not in digests:
+    if digests and digest(path) not in digests:
         if record.name == "dvc.lock":
             raise DamagedError(path, "it is not what dvc.lock names")
         raise UserError(
@@ -78,14 +78,14 @@ def verify(path: Path) -> None:
         )
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """The MD5 of a file or, as DVC defines it, of the list of all files in a folder."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "md5").hexdigest()
     files = {found.relative_to(path).as_posix(): found for found in path.rglob("*")}
     listing = [
-        {"md5": _digest(found), "relpath": name}
+        {"md5": digest(found), "relpath": name}
         for name, found in sorted(files.items())
         if found.is_file()
     ]

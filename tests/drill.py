@@ -6,6 +6,7 @@ Usage: python -m tests.drill [KILLS], 200 if not told otherwise; about 20 minute
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests import damage
+from tests import damage, disk
 from tests.conftest import Project, finish
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
@@ -131,6 +132,15 @@ def main() -> None:
         for hit, count in sorted(drill(project, kills, seed=kills).items()):
             print(f"{count:4} {hit}", flush=True)
         print(f"{damage.main(project):4} damaged files, each refused or made good", flush=True)
+        small = Path(folder, "small")
+        small.mkdir()
+        try:
+            with disk.mounted(small, "-t", "tmpfs", "-o", "size=30m", "tmpfs"):
+                root = shutil.copytree(project.root, small / "project", symlinks=True)
+                cases = disk.main(Project(root, project.extra))
+            print(f"{cases:4} runs on a full or read-only disk", flush=True)
+        except OSError as error:
+            print(f"no full or read-only disk: {error}", flush=True)
     print("nothing lost, nothing wrong")
 
 

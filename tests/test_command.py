@@ -1,5 +1,7 @@
 """How a stage ends."""
 
+from errno import EACCES, EBADF, ENOSPC
+
 import pytest
 
 from stages.shared.command import run
@@ -20,9 +22,19 @@ def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ends_with(UserError("file: bad; fix it"), monkeypatch) == "error: file: bad; fix it"
 
 
-def test_permission(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = PermissionError(13, "Permission denied", "data/file")
-    line = "error: data/file: permission denied; fix that and rerun"
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(EACCES, "Permission denied", "data/file"),
+            "error: data/file: Permission denied; fix that and rerun",
+        ),
+        (OSError(ENOSPC, "No space left"), "error: disk: No space left; fix that and rerun"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    error: OSError, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert ends_with(error, monkeypatch) == line
 
 
@@ -30,12 +42,13 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ends_with(KeyboardInterrupt(), monkeypatch) == "interrupted"
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bug", [KeyError("bug"), OSError(EBADF, "Bad file descriptor")])
+def test_a_bug_keeps_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> None:
-        raise KeyError("bug")
+        raise bug
 
     monkeypatch.setattr("sys.argv", ["stage"])
-    with pytest.raises(KeyError):
+    with pytest.raises(type(bug)):
         run(main)
 
 

@@ -3,12 +3,14 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import zc.lockfile
 
 from stages.shared.errors import UserError
+from tests import disk
 from tests.conftest import Project
 from tools import verify
 
@@ -151,3 +153,17 @@ def test_a_cache_elsewhere(finished: Project, tmp_path: Path) -> None:
     assert verify.cache_folder() == tmp_path / "cache"
     finished.run("dvc", "cache", "dir", "--local", "elsewhere")
     assert verify.cache_folder().resolve() == finished.root / "elsewhere"
+
+
+def test_a_full_disk_and_a_read_only_one(finished_once: Project, tmp_path: Path) -> None:
+    """The drill tries it at each write."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(disk.mounted(folder, "-t", "tmpfs", "-o", "size=30m", "tmpfs"))
+        except OSError as error:
+            pytest.skip(f"no disk can be mounted here: {error}")
+        root = shutil.copytree(finished_once.root, folder / "project", symlinks=True)
+        assert not disk.check_full(Project(root, {}), free=8192)
+        disk.check_read_only(Project(root, {}), ".dvc/cache")

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from errno import EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS
 
 from stages.shared.errors import UserError
 
@@ -17,7 +18,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except PermissionError as error:
-        sys.exit(f"error: {error.filename}: permission denied; fix that and rerun")
+    except OSError as error:
+        if error.errno not in (EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS):
+            raise
+        sys.exit(f"error: {error.filename or 'disk'}: {error.strerror}; fix that and rerun")
     except KeyboardInterrupt:
         sys.exit("interrupted")

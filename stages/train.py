@@ -6,7 +6,7 @@ The loss and the loop are those of MLX's documentation, and so is the network as
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -122,16 +122,32 @@ def minibatches(
         yield ready
 
 
-def train_epoch(
-    model: nn.Module, optimizer: optim.SGD, batches: Iterable[tuple[mx.array, mx.array]]
-) -> float:
-    """Take one step of SGD for each minibatch; return the mean loss of their examples."""
-    model.train()
+def step_fn(
+    model: nn.Module, optimizer: optim.SGD, compiled: bool
+) -> Callable[[mx.array, mx.array], mx.array]:
+    """A function that takes one step of SGD on a minibatch and returns its mean loss."""
     loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
-    losses, sizes = [], []
-    for pixels, labels in batches:
+
+    def step(pixels: mx.array, labels: mx.array) -> mx.array:
+        loss: mx.array
         loss, grads = loss_and_grad_fn(model, pixels, labels)
         optimizer.update(model, grads)
+        return loss
+
+    state = [model.state, optimizer.state, mx.random.state]
+    return mx.compile(step, inputs=state, outputs=state) if compiled else step
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: optim.SGD,
+    step: Callable[[mx.array, mx.array], mx.array],
+    batches: Iterable[tuple[mx.array, mx.array]],
+) -> float:
+    """Take one `step` for each minibatch; return the mean loss of their examples."""
+    losses, sizes = [], []
+    for pixels, labels in batches:
+        loss = step(pixels, labels)
         mx.async_eval(loss, model.parameters(), optimizer.state)  # do not wait for it
         losses.append(loss)
         sizes.append(len(labels))
@@ -153,6 +169,8 @@ def train(
     """
     images, labels = mx.array(train_split.images), mx.array(train_split.labels)
     stream = mx.new_stream(mx.default_device())
+    # On a CPU the compiler takes longer than it saves (docs/speed.md).
+    step = step_fn(model, optimizer, compiled=mx.default_device() == mx.Device(mx.gpu))
     for epoch in range(first_epoch, params.num_epochs + 1):
         random = np.random.default_rng((params.seed, epoch))
         mx.random.seed(params.seed << 32 | epoch)  # for dropout
@@ -160,7 +178,8 @@ def train(
         name, steps = f"epoch {epoch}/{params.num_epochs}", len(labels) / params.batch_size
         # From its third second on, and in a terminal only.
         bar = tqdm(batches, name, math.ceil(steps), leave=False, delay=2, disable=None)
-        train_loss = train_epoch(model, optimizer, bar)
+        model.train()
+        train_loss = train_epoch(model, optimizer, step, bar)
         parameters = dict(tree_flatten(model.parameters())).values()
         if not (math.isfinite(train_loss) and all(mx.isfinite(p).all() for p in parameters)):
             raise UserError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import stages.shared.blas  # noqa: F401
+from stages.shared.blas import use_threads
 
 import numpy as np
 import pytest
@@ -21,6 +21,8 @@ from hypothesis import settings
 
 from stages.shared import command
 from stages.shared.data import Split, save_split
+
+use_threads(1)  # as the stages do
 
 # The same cases each time, whatever failed before, on however slow a machine; CASES says how many.
 settings.register_profile(

@@ -33,11 +33,14 @@ import mlx.core as mx
 a, b = mx.random.normal((2, 64, 999), key=mx.random.key(0))
 print(sha256(bytes(memoryview(a @ b.T))).hexdigest())
 """
+USE = "from stages.shared.blas import use_threads\nuse_threads({})\n"
 CORE = """
-from stages.shared import blas
+from ctypes import CDLL, c_char_p
+from stages.shared.blas import LIBRARY
 
-blas._openblas.scipy_openblas_get_corename.restype = blas.ctypes.c_char_p
-print(blas._openblas.scipy_openblas_get_corename().decode())
+name = CDLL(str(LIBRARY)).scipy_openblas_get_corename
+name.restype = c_char_p
+print(name().decode())
 """
 NO_LIBRARY = "import sys; sys.prefix = '/nowhere'\n"
 
@@ -54,16 +57,17 @@ def printed(code: str, *emulator: str, cwd: Path = ROOT, **environment: str) -> 
 def test_openblas_serves_matmul() -> None:
     """Its sums have other last bits than those of MLX's own BLAS; how fast, `make bench` tells."""
     own = printed(PRODUCT)
-    assert printed(f"import stages.shared.blas\n{PRODUCT}") != own
-    assert printed(f"{NO_LIBRARY}import stages.shared.blas\n{PRODUCT}") == own
+    assert printed(USE.format(1) + PRODUCT) != own
+    assert printed(USE.format(2) + PRODUCT) != own
 
 
 @linux
 def test_without_it_all_works_and_a_line_says_what_is_lost() -> None:
-    code = f"{NO_LIBRARY}from stages.shared.blas import use_threads\nuse_threads(1)\n{PRODUCT}"
+    own = printed(PRODUCT)
+    code = NO_LIBRARY + USE.format(1) + PRODUCT
     note, digest = printed(code).splitlines()
     assert note.startswith("note: without OpenBLAS, training on the CPU takes about 10 times longe")
-    assert len(digest) == 64
+    assert digest == own
 
 
 @linux
@@ -77,10 +81,13 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @held
-def test_kernels_are_those_of_one_family_unless_told_otherwise() -> None:
+def test_kernels_are_those_of_one_family_with_one_thread_unless_told_otherwise() -> None:
     family, other = ("Haswell", "Sandybridge") if AVX2 else ("armv8", "neoversen1")
-    assert printed(CORE) == family
-    assert printed(CORE, OPENBLAS_CORETYPE=other) == other
+    assert printed(USE.format(1) + CORE) == family
+    assert printed(USE.format(1) + CORE, OPENBLAS_CORETYPE="") == family
+    assert printed(USE.format(2) + CORE) == printed(CORE)
+    for threads in (1, 2):
+        assert printed(USE.format(threads) + CORE, OPENBLAS_CORETYPE=other) == other
 
 
 MODELS = {

@@ -20,7 +20,7 @@ from stages.shared.data import Split, save_split
 from stages.shared.errors import UserError
 from stages.shared.params import read_params
 from stages.shared.scores import score
-from stages.train import Epoch, TrainParams, loss_fn, minibatches, sgd, shift, train
+from stages.train import Epoch, TrainParams, loss_fn, minibatches, sgd, shift, step_fn, train
 from tests.conftest import ROOT, SMALL, Project, small_split, tell
 
 TRAIN, VALIDATION = SMALL["train"], SMALL["validation"]
@@ -117,6 +117,27 @@ def test_same_as_the_plain_loop(params: TrainParams) -> None:
         np.testing.assert_allclose(ours[name], plain[name], rtol=0, atol=1e-5)
     for epoch, expected in zip(history, plain_history, strict=True):
         assert epoch == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("params", [PARAMS, ALL_ON])
+def test_a_compiled_step_gives_the_same_bits(
+    params: TrainParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, here on the CPU; the last minibatch is smaller and compiled by itself."""
+    expected, history = trained(params, dropout=0.2)
+    made = []
+
+    def compiled_step_fn(model: Any, optimizer: Any, compiled: bool) -> Any:
+        assert not compiled
+        made.append(step_fn(model, optimizer, compiled=True))
+        return made[-1]
+
+    monkeypatch.setattr(stage, "step_fn", compiled_step_fn)
+    ours, history_compiled = trained(params, dropout=0.2)
+    assert len(made) == 1
+    assert history_compiled == history
+    for name in expected:
+        assert mx.array_equal(ours[name], expected[name]), name
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
 """Put OpenBLAS under MLX on Linux, where MLX's own package brings a reference BLAS.
 
-MLX calls `cblas_sgemm`, and the first library in the global symbol scope that has it serves.
-Importing this module loads one that tools/openblas.py has put into the environment, if it comes
-before the import of mlx.core.
-
-OpenBLAS is held to one family of its kernels, Haswell on x86-64 with AVX2 and FMA, ARMV8 on arm64:
-all CPUs of a kind then compute the same bits (docs/reproducibility.md). Your own value of
-OPENBLAS_CORETYPE takes precedence.
+MLX calls `cblas_sgemm`, and the first library in the global symbol scope that has it serves. This
+module imports MLX so that it looks for a symbol when it first calls it, and not before: until its
+first product `use_threads` can load the library that tools/openblas.py has put into the
+environment. So it must come before any other import of mlx.
 """
 
 import ctypes
@@ -14,40 +11,45 @@ import os
 import sys
 from pathlib import Path
 
+_flags = sys.getdlopenflags()
+sys.setdlopenflags(os.RTLD_LAZY)
+import mlx.core  # noqa: E402, F401
+
+sys.setdlopenflags(_flags)
+
 LIBRARY = Path(sys.prefix) / "lib" / "libopenblas-for-mlx.so"
-
-
-def _load() -> ctypes.CDLL | None:
-    """Load the library with its symbols for all to see; None if there is none to load."""
-    try:
-        if os.uname().machine == "aarch64":
-            os.environ.setdefault("OPENBLAS_CORETYPE", "ARMV8")
-        elif {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
-            os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
-        return ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        return None
-
-
-_openblas = _load()
 
 
 def use_threads(threads: int) -> None:
     """Multiply matrices on the CPU with this many threads, where OpenBLAS does it.
 
-    Prints a line if it should and does not, or if there are not so many cores.
+    One thread is held to one family of its kernels, Haswell on x86-64 with AVX2 and FMA, ARMV8 on
+    arm64: all CPUs of a kind then compute the same bits (docs/reproducibility.md). With more,
+    OpenBLAS takes the fastest kernels of this CPU. Your own value of OPENBLAS_CORETYPE takes
+    precedence; the first call in a process decides.
+
+    Prints a line if there is no OpenBLAS, or if there are not so many cores.
     """
+    if sys.platform != "linux":
+        return  # macOS has a fast BLAS of its own
     cores = os.cpu_count() or 1
     if threads > cores:  # more only wait for each other
         print(
             f"note: train.threads is {threads}, more than the {cores} cores here; using {cores}",
             flush=True,
         )
-    if _openblas:
-        _openblas.scipy_openblas_set_num_threads(min(threads, cores))
-    elif sys.platform == "linux":
+    if threads == 1 and not os.environ.get("OPENBLAS_CORETYPE"):
+        if os.uname().machine == "aarch64":
+            os.environ["OPENBLAS_CORETYPE"] = "ARMV8"
+        elif {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
+            os.environ["OPENBLAS_CORETYPE"] = "Haswell"
+    try:
+        openblas = ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
         print(
             "note: without OpenBLAS, training on the CPU takes about 10 times longer and its last"
             " bits differ; `python -m tools.openblas` installs it",
             flush=True,
         )
+        return
+    openblas.scipy_openblas_set_num_threads(min(threads, cores))

@@ -12,7 +12,7 @@ import numpy as np
 from stages.shared.data import load_split
 from stages.shared.model import Model, ModelParams
 from stages.shared.scores import score
-from stages.train import minibatches, train_epoch
+from stages.train import minibatches, step_fn, train_epoch
 from tests.bench.common import Config, run
 
 
@@ -26,11 +26,13 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
     model = Model(params, train_split.image_shape, len(train_split.class_names))
     optimizer = optim.SGD(learning_rate=config.learning_rate, momentum=config.momentum)
     stream = mx.new_stream(mx.cpu)
+    step = step_fn(model, optimizer, compiled=False)
 
     def epoch(number: int) -> float:
         random = np.random.default_rng((0, number))
         batches = minibatches(images, labels, config.batch_size, 0, random, stream)
-        train_epoch(model, optimizer, batches)
+        model.train()
+        train_epoch(model, optimizer, step, batches)
         return 1.0
 
     def accuracy() -> float:

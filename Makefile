@@ -41,6 +41,7 @@ pictures: repro
 
 bench: .venv/bench/installed repro
 	.venv/bin/python -m tests.bench.run .venv/bench/bin/python
+	.venv/bin/python -m tests.bench.pipeline
 
 lock: .venv/installed
 	$(LOCK) --output-file stages/requirements.txt pyproject.toml

@@ -60,3 +60,8 @@ def run(contender: Callable[[Config], tuple[Callable[[int], float], Callable[[],
         seconds.append((time.perf_counter() - started) / part)
     median = statistics.median(seconds[1:])
     print(json.dumps({"seconds": median, "accuracy": accuracy(), "part": part}))
+
+
+def row(cells: list[str]) -> None:
+    """Print a row of a Markdown table."""
+    print(f"| {' | '.join(cells)} |", flush=True)

@@ -12,7 +12,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.bench.common import CONFIGS, CORES
+from tests.bench.common import CONFIGS, CORES, row
 
 CONTENDERS = {
     "ours": (sys.executable, "this project's train loop"),
@@ -55,11 +55,6 @@ def cpu() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def row(cells: list[str]) -> None:
-    """Print a row of a Markdown table."""
-    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ the training files by a seeded shuffle; the test split is the test files as they
 
 import json
 import math
+import mmap
 import struct
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from stages.shared.command import run
 from stages.shared.data import Split, save_split
 from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import verify
+from stages.shared.files import mapped, verify
 from stages.shared.params import read_params
 
 DATA = Path("data")
@@ -31,7 +32,7 @@ class PreprocessParams(Struct, frozen=True):
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
-def decode_idx(data: bytes) -> NDArray[np.uint8]:
+def decode_idx(data: bytes | mmap.mmap) -> NDArray[np.uint8]:
     """Decode an IDX file of unsigned bytes in any number of dimensions.
 
     The format is the one of the MNIST page: two zero bytes, the type (8), the number of
@@ -60,9 +61,9 @@ def read_raw(folder: Path, prefix: str) -> Split:
     path = folder
     try:
         path = folder / f"{prefix}-images-idx3-ubyte"
-        images = decode_idx(path.read_bytes())
+        images = decode_idx(mapped(path))
         path = folder / f"{prefix}-labels-idx1-ubyte"
-        labels = decode_idx(path.read_bytes())
+        labels = decode_idx(mapped(path))
         path = folder / "class_names.json"
         class_names = tuple(map(str, json.loads(path.read_bytes())))
     except FileNotFoundError:
@@ -75,10 +76,10 @@ def read_raw(folder: Path, prefix: str) -> Split:
         raise UserError(f"{folder}/{prefix}-*: {error}") from None
 
 
-def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
-    """Part `split` into (rest, `size` examples drawn by a shuffle), both in their old order."""
-    order = np.random.default_rng(seed).permutation(len(split))
-    return split[np.sort(order[size:])], split[np.sort(order[:size])]
+def hold_out(count: int, size: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Part `count` examples into (the rest, `size` drawn by a shuffle), both in their order."""
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[size:]), np.sort(order[:size])
 
 
 def main() -> None:
@@ -90,10 +91,12 @@ def main() -> None:
             f"params.yaml: preprocess.validation_size is {params.validation_size}, must be less"
             f" than the {len(labelled)} training examples"
         )
-    train, validation = hold_out(labelled, params.validation_size, params.seed)
-    for name, split in (("train", train), ("validation", validation), ("test", test)):
-        save_split(DATA / f"{name}.npz", split)
-        print(f"{DATA / name}.npz: {len(split):,} examples")
+    rest, held_out = hold_out(len(labelled), params.validation_size, params.seed)
+    every = np.arange(len(test))
+    parts = {"train": (labelled, rest), "validation": (labelled, held_out), "test": (test, every)}
+    for name, (split, chosen) in parts.items():
+        save_split(DATA / f"{name}.npz", split, chosen)
+        print(f"{DATA / name}.npz: {len(chosen):,} examples")
 
 
 if __name__ == "__main__":

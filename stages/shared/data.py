@@ -1,7 +1,9 @@
 """A split of the data, the one form in which any data set reaches the training."""
 
 import math
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import atomic_write, verify
+from stages.shared.files import atomic_write, mapped, verify
 
 NAMES = ("images", "labels", "class_names")  # of the arrays in a file
+PART = 1 << 22  # bytes of images in memory at a time
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,32 @@ class Split:
         return self.images.shape[1:]
 
 
-def save_split(path: Path, split: Split) -> None:
-    """Write `split` to `path` as an uncompressed .npz: the same split gives the same bytes."""
-    with atomic_write(path) as file:
-        names = np.array(split.class_names)
-        np.savez(file, images=split.images, labels=split.labels, class_names=names)
+def save_split(path: Path, split: Split, chosen: NDArray[np.intp] | None = None) -> None:
+    """Write `split`, or the examples `chosen` of it, as `np.savez` does, a part at a time.
+
+    The same examples give the same bytes.
+    """
+    if chosen is None:
+        chosen = np.arange(len(split))
+    rows = max(1, PART // math.prod(split.image_shape))
+    shape = (len(chosen), *split.image_shape)
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for start in range(0, len(chosen), rows):
+                member.write(split.images[chosen[start : start + rows]].tobytes())
+        others = {"labels": split.labels[chosen], "class_names": np.array(split.class_names)}
+        for name, array in others.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array)
 
 
 def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
-    """Read a split from the .npz at `path`, written by `save_split` or by `np.savez`.
+    """Map a split from the .npz at `path`, written by `save_split` or by `np.savez`.
 
-    Raises `UserError` for a file that is missing, damaged or holds anything else.
+    Its images stay on the disk until they are used, so it may be larger than the memory. Raises
+    `UserError` for a file that is missing, damaged or holds anything else.
     """
     verify(path)
     try:
@@ -75,9 +93,9 @@ def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
             if missing := {f"{name}.npy" for name in NAMES}.difference(archive.namelist()):
                 raise UserError(f"{path}: has no {min(missing)}; it must hold {', '.join(NAMES)}")
             if any(member.compress_type for member in archive.infolist()):
-                # A little file could become a huge one.
                 raise UserError(f"{path}: is compressed; write it with np.savez")
-            images, labels, class_names = (_read_array(archive, name) for name in NAMES)
+            file = memoryview(mapped(path))
+            images, labels, class_names = (_map_array(archive, file, name) for name in NAMES)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro`") from None
     except (UserError, PermissionError):
@@ -93,13 +111,18 @@ def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
     return split
 
 
-def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    """As `np.load` does, but without its words on pickles and with no more memory than bytes."""
-    with archive.open(f"{name}.npy") as member:
-        np.lib.format.read_magic(member)
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(member)
-        data = member.read()
+def _map_array(archive: zipfile.ZipFile, file: memoryview, name: str) -> NDArray[Any]:
+    """The array in a member of `archive`, which is stored in `file` as the .npy that it is."""
+    member = archive.getinfo(f"{name}.npy")
+    lengths = struct.unpack_from("<2H", file, member.header_offset + 26)  # of name and extra field
+    start = member.header_offset + 30 + sum(lengths)
+    npy = file[start : start + member.file_size]
+    if zlib.crc32(npy) != member.CRC:
+        raise ValueError(f"{name}: its checksum is not the one it names")
+    with archive.open(member) as stream:
+        np.lib.format.read_magic(stream)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+        data = npy[stream.tell() :]
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"{name}: {len(data)} bytes are not an array of {dtype} {shape}")
-    flat = np.frombuffer(data, dtype)
-    return np.ascontiguousarray(flat.reshape(shape, order="F" if by_columns else "C"))
+    return np.ascontiguousarray(np.ndarray(shape, dtype, data, order="F" if by_columns else "C"))

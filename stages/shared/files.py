@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def mapped(path: Path) -> mmap.mmap:
+    """The bytes of the file at `path`, read when they are used. Raises `ValueError` for none."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

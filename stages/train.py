@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from msgspec import Meta, Struct
 from tqdm import tqdm
 
+from stages.shared.augment import AugmentParams, augment
 from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.shared.command import run
 from stages.shared.data import Split, load_split
@@ -38,7 +39,6 @@ CHECKPOINT = Path("data/checkpoint.safetensors")
 class TrainParams(Struct, frozen=True):
     """The section `train` of params.yaml."""
 
-    max_shift: Annotated[int, Meta(ge=0, le=8)]
     batch_size: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     num_epochs: Annotated[int, Meta(ge=1, le=10_000)]
     learning_rate: Annotated[float, Meta(ge=1e-6, le=100.0)]
@@ -77,42 +77,25 @@ def sgd(params: TrainParams, num_steps: int) -> optim.SGD:
     return optim.SGD(learning_rate, params.momentum)
 
 
-def shift(images: mx.array, offsets: mx.array, max_shift: int) -> mx.array:
-    """Cut each of `images`, (N, rows, columns, ...), out of itself with a margin of `max_shift`.
-
-    `offsets`, int (N, 2), are the first row and column of the cut, from 0 to 2 * `max_shift`.
-    """
-    count, rows, columns, *channels = images.shape
-    margins = [(0, 0), (max_shift, max_shift), (max_shift, max_shift), *[(0, 0)] * len(channels)]
-    width = columns + 2 * max_shift
-    padded = mx.pad(images, margins).reshape(count, (rows + 2 * max_shift) * width, -1)
-    cut = (width * mx.arange(rows)[:, None] + mx.arange(columns)).reshape(-1)
-    first = width * offsets[:, :1] + offsets[:, 1:]
-    return mx.take_along_axis(padded, (first + cut)[..., None], axis=1).reshape(images.shape)
-
-
 def minibatches(
     images: mx.array,
     labels: mx.array,
     batch_size: int,
-    max_shift: int,
+    augment_params: AugmentParams,
     random: np.random.Generator,
     stream: mx.Stream,
 ) -> Iterator[tuple[mx.array, mx.array]]:
     """Yield the pixels and labels of each minibatch, all examples once in random order.
 
-    Each image is moved at random by up to `max_shift` pixels down or up, right or left. `stream`
-    makes a minibatch ready while the default stream takes the step before.
+    Each image is distorted anew, by what `random` gives after the order. `stream` makes a minibatch
+    ready while the default stream takes the step before.
     """
     order = random.permutation(len(labels))
     ready = None
     for start in range(0, len(order), batch_size):
         batch = mx.array(order[start : start + batch_size])
         with mx.stream(stream):
-            chosen = images[batch]
-            if max_shift:
-                offsets = random.integers(0, 2 * max_shift + 1, (len(batch), 2))
-                chosen = shift(chosen, mx.array(offsets), max_shift)
+            chosen = augment(images[batch], augment_params, random)
             upcoming = to_pixels(chosen), labels[batch]
         mx.async_eval(upcoming)
         if ready:
@@ -160,6 +143,7 @@ def train(
     train_split: Split,
     validation_split: Split,
     params: TrainParams,
+    augment_params: AugmentParams,
     first_epoch: int = 1,
 ) -> Iterator[Epoch]:
     """Train `model` in place, pausing after each epoch to tell how it went.
@@ -174,7 +158,7 @@ def train(
     for epoch in range(first_epoch, params.num_epochs + 1):
         random = np.random.default_rng((params.seed, epoch))
         mx.random.seed(params.seed << 32 | epoch)  # for dropout
-        batches = minibatches(images, labels, params.batch_size, params.max_shift, random, stream)
+        batches = minibatches(images, labels, params.batch_size, augment_params, random, stream)
         name, steps = f"epoch {epoch}/{params.num_epochs}", len(labels) / params.batch_size
         # From its third second on, and in a terminal only.
         bar = tqdm(batches, name, math.ceil(steps), leave=False, delay=2, disable=None)
@@ -227,6 +211,7 @@ def refuse_impossible(params: TrainParams, model: nn.Module, num_examples: int) 
 
 def main() -> None:
     model_params = read_params("model", ModelParams)
+    augment_params = read_params("augment", AugmentParams)
     params = read_params("train", TrainParams)
     select_device(params.device)
     use_threads(params.threads)
@@ -240,13 +225,14 @@ def main() -> None:
     num_steps = params.num_epochs * math.ceil(len(train_split) / params.batch_size)
     optimizer = sgd(params, num_steps)
     splits = (train_split, validation_split)
-    key = run_key((model_params, params), splits)
+    key = run_key((model_params, augment_params, params), splits)
     history = [Epoch(*row) for row in load_checkpoint(CHECKPOINT, key, model, optimizer)]
     if history:
         print(f"resumed after epoch {len(history)}, where an earlier run stopped", flush=True)
         save_history(history)  # which DVC has removed
     started = time.perf_counter()
-    for epoch in train(model, optimizer, *splits, params, first_epoch=len(history) + 1):
+    epochs = train(model, optimizer, *splits, params, augment_params, len(history) + 1)
+    for epoch in epochs:
         history.append(epoch)
         save_history(history)  # for `dvc plots show` to follow
         save_checkpoint(CHECKPOINT, key, model, optimizer, history)

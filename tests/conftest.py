@@ -108,10 +108,10 @@ class Project:
         params: dict[str, Any] = yaml.safe_load((self.root / "params.yaml").read_text())
         return params
 
-    def set(self, **values: Any) -> None:
-        """Set params of the section `train`."""
+    def set(self, section: str = "train", /, **values: Any) -> None:
+        """Set params of a section."""
         params = self.params()
-        params["train"].update(values)
+        params[section].update(values)
         (self.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
     def read(self, file: str) -> bytes:

@@ -12,7 +12,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from stages.fetch import DATASETS
@@ -142,13 +141,7 @@ def small_project(root: Path, mirror: Mirror) -> Project:
             assert code.count(f'"{old}"') == 1
             code = code.replace(f'"{old}"', f'"{new}"')
     script.write_text(code)
-    set_param(project, "fetch", "dataset", "mnist")
-    set_param(project, "preprocess", "validation_size", 100)
+    project.set("fetch", dataset="mnist")
+    project.set("preprocess", validation_size=100)
     project.set(batch_size=32, num_epochs=5, learning_rate=0.1, threads=1)
     return project
-
-
-def set_param(project: Project, section: str, key: str, value: object) -> None:
-    params = project.params()
-    params[section][key] = value
-    (project.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -106,6 +106,7 @@ def test_same_bits_on_other_cpus(tmp_path: Path) -> None:
         # As large as those of MNIST: many kernel families differ only in where they cut long sums.
         save_split(project.root / f"data/{name}.npz", small_split(500, (28, 28)))
     project.set(batch_size=256, num_epochs=2, device="cpu", threads=1)
+    project.set("augment", shift=1, rotation=10, scale=0.1, elastic=1)
 
     def weights(*emulator: str) -> str:
         """The digest of what a short training writes."""

@@ -83,10 +83,11 @@ def test_ladder_climbs_by_params_that_exist(tmp_path: Path) -> None:
 
 
 def params_classes() -> dict[str, Any]:
+    from stages.shared.augment import AugmentParams
     from stages.shared.model import ModelParams
     from stages.train import TrainParams
 
-    return {"model": ModelParams, "train": TrainParams}
+    return {"augment": AugmentParams, "model": ModelParams, "train": TrainParams}
 
 
 @pytest.mark.usefixtures("committed_params")

@@ -24,7 +24,6 @@ from tests.mnist import (
     digests,
     idx,
     running_mirror,
-    set_param,
     small_project,
     write_files,
 )
@@ -241,7 +240,7 @@ def test_a_rerun_of_fetch_needs_no_network(copy: Project) -> None:
 
 
 def test_another_data_set_is_one_word(copy: Project) -> None:
-    set_param(copy, "fetch", "dataset", "fashion-mnist")
+    copy.set("fetch", dataset="fashion-mnist")
     assert copy.repro() == list(STAGES)
     rows = csv.DictReader(copy.read("metrics/confusion.csv").decode().splitlines())
     assert {row["actual"] for row in rows} == set(DATASETS["fashion-mnist"].class_names)
@@ -259,7 +258,7 @@ def test_a_data_set_of_ones_own_is_one_entry(copy: Project) -> None:
     entry = f'"plants": Dataset(("ash", "elm"), {digests(files)}, ("plants",))'
     code = script.read_text().replace("DATASETS = {", f"DATASETS = {{{entry},", 1)
     script.write_text(code)
-    set_param(copy, "fetch", "dataset", "plants")
+    copy.set("fetch", dataset="plants")
     for stage in ("fetch", "preprocess"):
         copy.run("python", "-m", f"stages.{stage}")
     split = load_split(copy.root / "data/train.npz")

@@ -15,19 +15,19 @@ from mlx.utils import tree_flatten
 from msgspec.structs import replace
 
 from stages import train as stage
+from stages.shared.augment import AugmentParams
 from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.shared.data import Split, save_split
 from stages.shared.errors import UserError
 from stages.shared.params import read_params
 from stages.shared.scores import score
-from stages.train import Epoch, TrainParams, loss_fn, minibatches, sgd, shift, step_fn, train
+from stages.train import Epoch, TrainParams, loss_fn, minibatches, sgd, step_fn, train
 from tests.conftest import ROOT, SMALL, Project, small_split, tell
 
 TRAIN, VALIDATION = SMALL["train"], SMALL["validation"]
 EMPTY = TRAIN[:0]
 PARAMS = replace(
     read_params("train", TrainParams, ROOT / "params.yaml"),
-    max_shift=0,
     batch_size=64,
     num_epochs=3,
     learning_rate=0.1,
@@ -37,7 +37,9 @@ PARAMS = replace(
     device="cpu",
     threads=1,
 )
-ALL_ON = replace(PARAMS, max_shift=2, learning_rate_schedule="cosine", momentum=0.9)
+ALL_ON = replace(PARAMS, learning_rate_schedule="cosine", momentum=0.9)
+UNDISTORTED = AugmentParams(shift=0, rotation=0, scale=0, elastic=0)
+DISTORTED = AugmentParams(shift=1, rotation=10, scale=0.1, elastic=0.5)
 
 
 class Network(nn.Module):
@@ -67,10 +69,13 @@ def weights(model: nn.Module) -> dict[str, mx.array]:
 
 
 def trained(
-    params: TrainParams, validation_split: Split = VALIDATION, dropout: float = 0.0
+    params: TrainParams,
+    validation_split: Split = VALIDATION,
+    dropout: float = 0.0,
+    augment_params: AugmentParams = UNDISTORTED,
 ) -> tuple[dict[str, mx.array], list[Epoch]]:
     model, optimizer = start(params, dropout)
-    history = list(train(model, optimizer, TRAIN, validation_split, params))
+    history = list(train(model, optimizer, TRAIN, validation_split, params, augment_params))
     return weights(model), history
 
 
@@ -119,12 +124,12 @@ def test_same_as_the_plain_loop(params: TrainParams) -> None:
         assert epoch == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("params", [PARAMS, ALL_ON])
+@pytest.mark.parametrize(("params", "augment_params"), [(PARAMS, UNDISTORTED), (ALL_ON, DISTORTED)])
 def test_a_compiled_step_gives_the_same_bits(
-    params: TrainParams, monkeypatch: pytest.MonkeyPatch
+    params: TrainParams, augment_params: AugmentParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, here on the CPU; the last minibatch is smaller and compiled by itself."""
-    expected, history = trained(params, dropout=0.2)
+    expected, history = trained(params, VALIDATION, 0.2, augment_params)
     made = []
 
     def compiled_step_fn(model: Any, optimizer: Any, compiled: bool) -> Any:
@@ -133,7 +138,7 @@ def test_a_compiled_step_gives_the_same_bits(
         return made[-1]
 
     monkeypatch.setattr(stage, "step_fn", compiled_step_fn)
-    ours, history_compiled = trained(params, dropout=0.2)
+    ours, history_compiled = trained(params, VALIDATION, 0.2, augment_params)
     assert len(made) == 1
     assert history_compiled == history
     for name in expected:
@@ -175,9 +180,9 @@ def test_it_learns() -> None:
 
 
 def test_the_seed_is_all_the_chance_there_is() -> None:
-    first, _ = trained(ALL_ON, dropout=0.2)
-    again, _ = trained(ALL_ON, validation_split=EMPTY, dropout=0.2)
-    other, _ = trained(replace(ALL_ON, seed=8), dropout=0.2)
+    first, _ = trained(ALL_ON, VALIDATION, 0.2, DISTORTED)
+    again, _ = trained(ALL_ON, EMPTY, 0.2, DISTORTED)
+    other, _ = trained(replace(ALL_ON, seed=8), VALIDATION, 0.2, DISTORTED)
     assert all(mx.array_equal(first[name], again[name]) for name in first)
     assert not any(mx.array_equal(first[name], other[name]) for name in first)
 
@@ -191,7 +196,7 @@ def test_no_validation_split() -> None:
 
 def test_dropout_is_for_training_alone() -> None:
     model, optimizer = start(PARAMS, dropout=0.5)
-    (*_, last) = train(model, optimizer, TRAIN, VALIDATION, PARAMS)
+    (*_, last) = train(model, optimizer, TRAIN, VALIDATION, PARAMS, UNDISTORTED)
     assert score(model, VALIDATION).loss == last.validation_loss
     assert last.train_loss > trained(PARAMS)[1][-1].train_loss
 
@@ -200,7 +205,7 @@ def test_divergence_stops_training() -> None:
     model, optimizer = start(PARAMS)
     model.layers[1].weight *= 1e38
     with pytest.raises(UserError) as error:
-        list(train(model, optimizer, TRAIN, EMPTY, PARAMS))
+        list(train(model, optimizer, TRAIN, EMPTY, PARAMS, UNDISTORTED))
     assert str(error.value) == (
         "params.yaml: train.learning_rate is 0.1, with which training diverges in epoch 1"
         " (loss nan); try a lower one"
@@ -211,27 +216,34 @@ def test_divergence_of_a_weight_alone_stops_training() -> None:
     model = Network()
     model.layers[0].bias = mx.full((16,), -mx.inf)  # behind ReLU it is not seen in the loss
     with pytest.raises(UserError, match=r"diverges in epoch 1 \(loss \d"):
-        list(train(model, optim.SGD(learning_rate=0.1), TRAIN, EMPTY, PARAMS))
+        list(train(model, optim.SGD(0.1), TRAIN, EMPTY, PARAMS, UNDISTORTED))
 
 
 @pytest.mark.parametrize("stopped_after", [1, 2, 3])
-@pytest.mark.parametrize(("params", "dropout"), [(PARAMS, 0.0), (ALL_ON, 0.2)])
+@pytest.mark.parametrize(
+    ("params", "dropout", "augment_params"), [(PARAMS, 0.0, UNDISTORTED), (ALL_ON, 0.2, DISTORTED)]
+)
 def test_a_resumed_run_ends_as_an_undisturbed_one(
-    stopped_after: int, params: TrainParams, dropout: float, tmp_path: Path
+    stopped_after: int,
+    params: TrainParams,
+    dropout: float,
+    augment_params: AugmentParams,
+    tmp_path: Path,
 ) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    expected, history = trained(params, dropout=dropout)
+    expected, history = trained(params, VALIDATION, dropout, augment_params)
     key = run_key(params, (TRAIN, VALIDATION))
 
     model, optimizer = start(params, dropout)
-    epochs = train(model, optimizer, TRAIN, VALIDATION, params)
+    epochs = train(model, optimizer, TRAIN, VALIDATION, params, augment_params)
     rows = [next(epochs) for _ in range(stopped_after)]
     save_checkpoint(path, key, model, optimizer, rows)
 
     model, optimizer = start(params, dropout)
     resumed = [Epoch(*row) for row in load_checkpoint(path, key, model, optimizer)]
     assert len(resumed) == stopped_after
-    resumed += train(model, optimizer, TRAIN, VALIDATION, params, first_epoch=stopped_after + 1)
+    first_epoch = stopped_after + 1
+    resumed += train(model, optimizer, TRAIN, VALIDATION, params, augment_params, first_epoch)
     assert resumed == history
     for name, array in weights(model).items():
         assert mx.array_equal(array, expected[name])
@@ -242,7 +254,7 @@ def test_each_epoch_takes_every_example_once_in_a_new_order() -> None:
     orders = []
     for seed in (0, 0, 1):
         random = np.random.default_rng(seed)
-        batches = list(minibatches(images, labels, 64, 0, random, mx.new_stream(mx.cpu)))
+        batches = list(minibatches(images, labels, 64, UNDISTORTED, random, mx.new_stream(mx.cpu)))
         assert [len(chosen) for _, chosen in batches] == [64] * 7 + [500 - 7 * 64]
         for pixels, chosen in batches:
             assert mx.array_equal(pixels, images[chosen].astype(mx.float32) / 255)
@@ -252,29 +264,19 @@ def test_each_epoch_takes_every_example_once_in_a_new_order() -> None:
     assert orders[0] != sorted(orders[0])
 
 
-@pytest.mark.parametrize("image_shape", [(9, 11), (6, 4, 3)])
-@pytest.mark.parametrize("max_shift", [1, 2, 8])
-def test_shift(max_shift: int, image_shape: tuple[int, ...]) -> None:
-    images = small_split(20, image_shape).images
-    rows, columns = image_shape[:2]
-    offsets = np.random.default_rng(0).integers(0, 2 * max_shift + 1, (len(images), 2))
-    shifted = np.array(shift(mx.array(images), mx.array(offsets), max_shift))
-    assert shifted.dtype == np.uint8
-    margins = [(max_shift, max_shift)] * 2 + [(0, 0)] * (len(image_shape) - 2)
-    for image, moved, (row, column) in zip(images, shifted, offsets, strict=True):
-        padded = np.pad(image, margins)
-        assert np.array_equal(moved, padded[row : row + rows, column : column + columns])
-
-
-def test_each_epoch_shifts_anew() -> None:
+def test_distortions_depend_on_the_place_in_the_epoch_alone() -> None:
+    """Whatever the size of a minibatch, so that the work can be divided in other ways."""
     images, labels = mx.array(TRAIN.images), mx.array(TRAIN.labels)
     seen = []
-    for seed in (0, 0, 1):
+    for seed, batch_size in ((0, 64), (0, 7), (0, len(TRAIN)), (1, 64)):
         random = np.random.default_rng(seed)
-        batches = minibatches(images, labels, len(TRAIN), 2, random, mx.new_stream(mx.cpu))
-        seen.append(next(iter(batches))[0])
+        stream = mx.new_stream(mx.cpu)
+        batches = minibatches(images, labels, batch_size, DISTORTED, random, stream)
+        seen.append(mx.concatenate([pixels for pixels, _ in batches]))
     assert mx.array_equal(seen[0], seen[1])
-    assert not mx.array_equal(seen[0], seen[2])
+    assert mx.array_equal(seen[0], seen[2])
+    assert not mx.array_equal(seen[0], seen[3])
+    assert 0 <= seen[0].min() < seen[0].max() <= 1
 
 
 def test_a_network_that_no_memory_holds_is_refused() -> None:

@@ -14,7 +14,7 @@ BATCH = 1000  # examples at a time, to bound memory; no result depends on it
 
 
 def to_pixels(images: mx.array) -> mx.array:
-    """Turn uint8 images into float32 pixels in [0, 1]."""
+    """Turn images, uint8 or float32 from 0 to 255, into float32 pixels in [0, 1]."""
     return images.astype(mx.float32) / 255
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
+from stages.shared.augment import AugmentParams
 from stages.shared.data import load_split
 from stages.shared.model import Model, ModelParams
 from stages.shared.scores import score
@@ -26,11 +27,12 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
     model = Model(params, train_split.image_shape, len(train_split.class_names))
     optimizer = optim.SGD(learning_rate=config.learning_rate, momentum=config.momentum)
     stream = mx.new_stream(mx.cpu)
+    undistorted = AugmentParams(shift=0, rotation=0, scale=0, elastic=0)
     step = step_fn(model, optimizer, compiled=False)
 
     def epoch(number: int) -> float:
         random = np.random.default_rng((0, number))
-        batches = minibatches(images, labels, config.batch_size, 0, random, stream)
+        batches = minibatches(images, labels, config.batch_size, undistorted, random, stream)
         model.train()
         train_epoch(model, optimizer, step, batches)
         return 1.0

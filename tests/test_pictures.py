@@ -10,11 +10,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from msgspec.structs import asdict, replace
 from PIL import Image
 
 from stages.shared.errors import UserError
-from tests.conftest import ROOT, SMALL, Project, stale
+from tests.conftest import ROOT, SMALL, Project, small_split, stale
+from tools import pictures
 from tools.pictures import (
+    DISTORTIONS,
     MAX_SIZE,
     MAX_WRITTEN,
     PAGE,
@@ -22,8 +25,9 @@ from tools.pictures import (
     draw,
     draw_confusion,
     draw_curves,
+    draw_distorted,
     draw_ladder,
-    draw_mistakes,
+    to_png,
     with_graph,
 )
 
@@ -141,10 +145,33 @@ def test_another_figure_on_the_ladder_is_noticed() -> None:
 
 def test_another_mistake_is_noticed() -> None:
     page = Image.new("RGB", (1208, 670), "white")
-    shown = draw_mistakes(page)
+    shown = to_png(page)
     page.paste("black", (8, 30, 12, 34))  # a pixel of an image of 28 x 28
     assert same(shown, shown)
-    assert not same(shown, draw_mistakes(page))
+    assert not same(shown, to_png(page))
+
+
+def test_another_distortion_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = small_split(50, (28, 28))
+    shown = draw_distorted(train)
+    assert same(shown, draw_distorted(train))
+    monkeypatch.setattr(pictures, "DISTORTIONS", replace(DISTORTIONS, elastic=1.1))
+    assert not same(shown, draw_distorted(train))
+
+
+def test_the_distortions_are_those_of_the_page() -> None:
+    page = " ".join((ROOT / "docs/experiments.md").read_text().split())
+    *others, last = (f"`{name}: {value}`" for name, value in asdict(DISTORTIONS).items())
+    assert f"With {', '.join(others)} and {last}: ![" in page
+
+
+@pytest.mark.parametrize("image_shape", [(28, 28), (9, 40, 1), (6, 4, 2), (32, 20, 3), (9, 9, 4)])
+def test_distortions_of_any_images(image_shape: tuple[int, ...]) -> None:
+    train = small_split(50, image_shape, ("ant", "bee", "cow"))
+    png = draw_distorted(train)
+    assert len(png) <= MAX_SIZE
+    rows, columns = image_shape[:2]
+    assert pixels(png).shape[:2] == (2 * (3 * (rows + 2) - 2), 2 * (9 * (columns + 2) - 2))
 
 
 @pytest.mark.parametrize("validated", [True, False])
@@ -178,7 +205,7 @@ def test_confusion_has_classes_without_examples() -> None:
 
 def test_mistakes_of_photographs_stay_small() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (670, 1208, 3), np.uint8)
-    assert len(draw_mistakes(Image.fromarray(noise))) <= MAX_SIZE
+    assert len(to_png(Image.fromarray(noise))) <= MAX_SIZE
 
 
 def test_pictures_of_other_results(finished: Project) -> None:

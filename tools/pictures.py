@@ -14,10 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import vl_convert
 from PIL import Image
 
+from stages.shared.augment import AugmentParams, augment
 from stages.shared.command import run
+from stages.shared.data import Split, load_split
 from stages.shared.errors import UserError
 from stages.shared.files import atomic_write
 
@@ -27,6 +31,7 @@ MAX_EPOCHS = 400  # on a curve
 MAX_CELLS = 800  # of the confusion matrix, the most frequent
 MAX_WRITTEN = 12  # classes, up to which the cells show their figures
 
+DISTORTIONS = AugmentParams(shift=1, rotation=10, scale=0.1, elastic=1)  # docs/experiments.md
 CARD = (408, 400)  # pixels; two of these fit side by side on GitHub's page, and one on a phone
 INK, GREY, GOOD, BAD = "#24292f", "#57606a", "#6f42c1", "#c2410c"
 AXIS = {"title": None, "domain": False, "ticks": False, "tickCount": 5, "gridColor": "#eaeef2"}
@@ -176,14 +181,29 @@ def draw_ladder(rungs: list[Row]) -> bytes:
     return to_svg(spec, 50, 46, (520, 392))
 
 
-def draw_mistakes(page: Image.Image) -> bytes:
-    """Draw the worst mistakes as evaluate has, in few colours, and smaller if need be."""
+def to_png(page: Image.Image) -> bytes:
+    """Save an image in few colours, and smaller if need be."""
     while True:
         file = io.BytesIO()
         page.convert("RGB").quantize(32, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
         if file.tell() <= MAX_SIZE:
             return file.getvalue()
         page = page.resize((page.width * 4 // 5, page.height * 4 // 5))
+
+
+def draw_distorted(train: Split) -> bytes:
+    """Draw an image of each of the first five classes, each followed by eight distortions of it."""
+    random = np.random.default_rng(0)
+    images = train.images[np.unique(train.labels, return_index=True)[1][:5]]
+    distorted = [np.array(augment(mx.array(images), DISTORTIONS, random)) for _ in range(8)]
+    cells = np.stack([images, *np.round(distorted).astype(np.uint8)], axis=1)
+    cells = cells.reshape(*cells.shape[:4], -1)
+    if cells.shape[4] not in (3, 4):  # neither RGB nor RGBA
+        cells = cells[..., :1].repeat(3, axis=4)
+    framed = np.pad(cells, [(0, 0), (0, 0), (0, 2), (0, 2), (0, 0)], constant_values=255)
+    height, width = (framed.shape[axis] * framed.shape[axis + 2] for axis in (0, 1))
+    page = Image.fromarray(framed.swapaxes(1, 2).reshape(height, width, -1)[:-2, :-2])
+    return to_png(page.resize((2 * page.width, 2 * page.height), Image.Resampling.BOX))
 
 
 def with_graph(page: str) -> str:
@@ -202,7 +222,9 @@ def load(path: str) -> bytes:
 
 
 def read(path: str) -> Any:
-    """The rows of a table, the values of a JSON file, or an image."""
+    """The rows of a table, the values of a JSON file, a split, or an image."""
+    if path.endswith(".npz"):
+        return load_split(Path(path))
     data = load(path)
     if path.endswith(".csv"):
         return list(csv.DictReader(io.StringIO(data.decode(), newline="")))
@@ -216,7 +238,8 @@ PICTURES: dict[str, tuple[Callable[..., bytes], tuple[str, ...]]] = {
         draw_confusion,
         ("metrics/confusion.csv", "metrics/classes.json", "metrics/accuracy.json"),
     ),
-    "mistakes.png": (draw_mistakes, ("metrics/misclassified.png",)),
+    "mistakes.png": (to_png, ("metrics/misclassified.png",)),
+    "distorted.png": (draw_distorted, ("data/train.npz",)),
     "ladder.svg": (draw_ladder, ("docs/ladder.csv",)),
 }
 

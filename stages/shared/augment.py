@@ -84,14 +84,15 @@ def resample(images: mx.array, fields: mx.array) -> mx.array:
     255: bilinear between pixels, zero outside.
     """
     count, rows, columns, *channels = images.shape
-    margins = [(0, 0), (1, 1), (1, 1), *[(0, 0)] * len(channels)]
-    width = columns + 2
-    padded = mx.pad(images.astype(mx.float32), margins).reshape(count, (rows + 2) * width, -1)
+    # Zeros around it, at the end twice: for the last place to clip to, and the pixel after.
+    margins = [(0, 0), (1, 2), (1, 2), *[(0, 0)] * len(channels)]
+    width = columns + 3
+    padded = mx.pad(images.astype(mx.float32), margins).reshape(count, (rows + 3) * width, -1)
     down = mx.clip(fields[:, 0] + mx.arange(1, rows + 1)[:, None], 0, rows + 1)
     right = mx.clip(fields[:, 1] + mx.arange(1, columns + 1), 0, columns + 1)
-    top, left = mx.minimum(down.astype(mx.int32), rows), mx.minimum(right.astype(mx.int32), columns)
+    top, left = down.astype(mx.int32), right.astype(mx.int32)
     first = (top * width + left).reshape(count, -1, 1)
-    below, beside = ((down - top).reshape(first.shape), (right - left).reshape(first.shape))
+    below, beside = (down - top).reshape(first.shape), (right - left).reshape(first.shape)
 
     def between(start: mx.array) -> mx.array:
         """The values between the pixels at `start` and those right of them."""

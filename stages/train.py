@@ -78,8 +78,7 @@ def sgd(params: TrainParams, num_steps: int) -> optim.SGD:
 
 
 def minibatches(
-    images: mx.array,
-    labels: mx.array,
+    split: Split,
     batch_size: int,
     augment_params: AugmentParams,
     random: np.random.Generator,
@@ -90,13 +89,13 @@ def minibatches(
     Each image is distorted anew, by what `random` gives after the order. `stream` makes a minibatch
     ready while the default stream takes the step before.
     """
-    order = random.permutation(len(labels))
+    order = random.permutation(len(split))
     ready = None
     for start in range(0, len(order), batch_size):
-        batch = mx.array(order[start : start + batch_size])
+        batch = order[start : start + batch_size]
         with mx.stream(stream):
-            chosen = augment(images[batch], augment_params, random)
-            upcoming = to_pixels(chosen), labels[batch]
+            images = augment(mx.array(split.images[batch]), augment_params, random)
+            upcoming = to_pixels(images), mx.array(split.labels[batch])
         mx.async_eval(upcoming)
         if ready:
             yield ready
@@ -151,15 +150,14 @@ def train(
     What is random in an epoch depends on `params.seed` and the epoch alone. Raises `UserError` when
     the loss or a weight is no longer a finite number.
     """
-    images, labels = mx.array(train_split.images), mx.array(train_split.labels)
     stream = mx.new_stream(mx.default_device())
     # On a CPU the compiler takes longer than it saves (docs/speed.md).
     step = step_fn(model, optimizer, compiled=mx.default_device() == mx.Device(mx.gpu))
     for epoch in range(first_epoch, params.num_epochs + 1):
         random = np.random.default_rng((params.seed, epoch))
         mx.random.seed(params.seed << 32 | epoch)  # for dropout
-        batches = minibatches(images, labels, params.batch_size, augment_params, random, stream)
-        name, steps = f"epoch {epoch}/{params.num_epochs}", len(labels) / params.batch_size
+        batches = minibatches(train_split, params.batch_size, augment_params, random, stream)
+        name, steps = f"epoch {epoch}/{params.num_epochs}", len(train_split) / params.batch_size
         # From its third second on, and in a terminal only.
         bar = tqdm(batches, name, math.ceil(steps), leave=False, delay=2, disable=None)
         model.train()

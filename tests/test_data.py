@@ -125,6 +125,10 @@ def test_files_that_are_not_a_split(tmp_path: Path) -> None:
     assert message() == "FILE: has no class_names.npy; it must hold images, labels, class_names"
     np.savez_compressed(path, images=IMAGES, labels=LABELS, class_names=np.array(["a", "b"]))
     assert message() == "FILE: is compressed; write it with np.savez"
+    save_split(path, SPLIT)
+    path.write_bytes(path.read_bytes().replace(IMAGES.tobytes(), IMAGES[::-1].tobytes()))
+    checksum = "images: its checksum is not the one it names"
+    assert message() == f"FILE: damaged ({checksum}); fix it with `make verify`"
     np.savez(path, images=IMAGES, labels=LABELS, class_names=np.array([None]))
     assert re.fullmatch(
         r"FILE: damaged \(class_names: \d+ bytes are not an array of object \(1,\)\); fix it with"

@@ -21,7 +21,6 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
     mx.set_default_device(mx.cpu)
     use_threads(config.threads)
     train_split, test_split = (load_split(Path(f"data/{name}.npz")) for name in ("train", "test"))
-    images, labels = mx.array(train_split.images), mx.array(train_split.labels)
     mx.random.seed(0)
     params = ModelParams(num_layers=2, hidden_dim=config.hidden_dim, dropout=0.0)
     model = Model(params, train_split.image_shape, len(train_split.class_names))
@@ -32,7 +31,7 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
 
     def epoch(number: int) -> float:
         random = np.random.default_rng((0, number))
-        batches = minibatches(images, labels, config.batch_size, undistorted, random, stream)
+        batches = minibatches(train_split, config.batch_size, undistorted, random, stream)
         model.train()
         train_epoch(model, optimizer, step, batches)
         return 1.0

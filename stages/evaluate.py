@@ -95,6 +95,9 @@ def main() -> None:
     names = np.array(test.class_names)
     pairs = zip(names[test.labels], names[scores.predictions], strict=True)
     save_csv(METRICS / "confusion.csv", ("actual", "predicted"), pairs)
+    wrong = np.flatnonzero(~scores.correct)  # few enough for Git
+    rows = zip(wrong, names[test.labels[wrong]], names[scores.predictions[wrong]], strict=True)
+    save_csv(METRICS / "mistakes.csv", ("example", "actual", "predicted"), rows)
     with atomic_write(METRICS / "misclassified.png") as file:
         draw_mistakes(test, scores).save(file, "PNG")
     print(f"accuracy {scores.accuracy:.4f}, 95% interval {low:.4f} to {high:.4f}")

@@ -55,8 +55,8 @@ def decode_idx(data: bytes | mmap.mmap) -> NDArray[np.uint8]:
 def read_raw(folder: Path, prefix: str) -> Split:
     """Read the pair of files in `folder` that start with `prefix`, "train" or "t10k".
 
-    The names of the classes are in class_names.json beside them. Raises `UserError` for a file that
-    is missing, damaged or does not fit the others.
+    class_names.json and image_form.json beside them say what fetch knows. Raises `UserError` for a
+    file that is missing, damaged or does not fit the others.
     """
     path = folder
     try:
@@ -66,12 +66,14 @@ def read_raw(folder: Path, prefix: str) -> Split:
         labels = decode_idx(mapped(path))
         path = folder / "class_names.json"
         class_names = tuple(map(str, json.loads(path.read_bytes())))
+        path = folder / "image_form.json"
+        image_form = str(json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; get it with `dvc repro fetch`") from None
     except (TypeError, ValueError) as error:
         raise DamagedError(path, error) from None
     try:
-        return Split(images, labels, class_names)
+        return Split(images, labels, class_names, image_form)
     except ValueError as error:
         raise UserError(f"{folder}/{prefix}-*: {error}") from None
 

@@ -215,7 +215,8 @@ def main() -> None:
     use_threads(params.threads)
     train_split = load_split(TRAIN)
     validation_split = load_split(VALIDATION, may_be_empty=True)
-    metadata = Metadata(model_params, train_split.image_shape, train_split.class_names)
+    names, form = train_split.class_names, train_split.image_form
+    metadata = Metadata(model_params, train_split.image_shape, names, form)
     metadata.refuse_other(VALIDATION, validation_split)
     mx.random.seed(params.seed)
     model = metadata.build()

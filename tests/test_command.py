@@ -52,7 +52,18 @@ def test_a_bug_keeps_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPat
         run(main)
 
 
-def test_there_are_no_options(
+def test_arguments_of_a_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def main(files: list[str], fast: bool) -> None:
+        found.append((files, fast))
+
+    monkeypatch.setattr("sys.argv", ["tool", "a", "b", "--fast"])
+    run(main, {"files": {"nargs": "+"}, "--fast": {"action": "store_true"}})
+    assert found == [(["a", "b"], True)]
+
+
+def test_a_stage_has_no_options(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["stage", "--fast"])

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tests.hostile import Payload, archive, damaged, npy, refused
 
 IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
 LABELS = np.array([1, 0], np.uint8)
-SPLIT = Split(IMAGES, LABELS, ("no", "yés"))
+SPLIT = Split(IMAGES, LABELS, ("no", "yés"), "a form")
 
 
 def same(one: Split, other: Split) -> bool:
@@ -24,6 +25,7 @@ def same(one: Split, other: Split) -> bool:
         np.array_equal(one.images, other.images)
         and np.array_equal(one.labels, other.labels)
         and one.class_names == other.class_names
+        and one.image_form == other.image_form
     )
 
 
@@ -57,10 +59,13 @@ def test_numpy_reads_and_writes_the_same_file(
     again["images"] = np.asfortranarray(again["images"])  # as a transposed array is
     np.savez(path, **again)
     assert same(load_split(path), chosen)
+    del again["image_form"]  # which nobody with arrays of their own needs
+    np.savez(path, **again)
+    assert same(load_split(path), replace(chosen, image_form=""))
 
 
 def test_indexing_chooses_examples() -> None:
-    assert same(SPLIT[::-1], Split(IMAGES[::-1], LABELS[::-1], SPLIT.class_names))
+    assert same(SPLIT[::-1], Split(IMAGES[::-1], LABELS[::-1], SPLIT.class_names, "a form"))
 
 
 @pytest.mark.parametrize(
@@ -127,12 +132,12 @@ def test_files_that_are_not_a_split(tmp_path: Path) -> None:
     assert message() == "FILE: is compressed; write it with np.savez"
     save_split(path, SPLIT)
     path.write_bytes(path.read_bytes().replace(IMAGES.tobytes(), IMAGES[::-1].tobytes()))
-    checksum = "images: its checksum is not the one it names"
+    checksum = "images.npy: its checksum is not the one it names"
     assert message() == f"FILE: damaged ({checksum}); fix it with `make verify`"
     np.savez(path, images=IMAGES, labels=LABELS, class_names=np.array([None]))
     assert re.fullmatch(
-        r"FILE: damaged \(class_names: \d+ bytes are not an array of object \(1,\)\); fix it with"
-        " `make verify`",
+        r"FILE: damaged \(class_names\.npy: \d+ bytes are not an array of object \(1,\)\); fix it"
+        " with `make verify`",
         message(),
     )
 
@@ -165,15 +170,28 @@ LABEL = npy({"descr": "|u1", "fortran_order": False, "shape": (1,)}, b"\0")
 NAME = npy({"descr": "<U1", "fortran_order": False, "shape": (1,)}, b"a\0\0\0")
 
 
-@given(images=NPY, labels=st.just(LABEL) | NPY, class_names=st.just(NAME) | NPY)
-@example(npy({"descr": "|u1", "fortran_order": False, "shape": (1, 1, 1 << 40)}, b""), LABEL, NAME)
-@example(
-    npy({"descr": "|O", "fortran_order": False, "shape": ()}, pickle.dumps(Payload())), LABEL, NAME
+@given(
+    images=NPY,
+    labels=st.just(LABEL) | NPY,
+    class_names=st.just(NAME) | NPY,
+    image_form=st.just(NAME) | NPY,
 )
-@example(pickle.dumps(Payload()), LABEL, NAME)
-def test_any_arrays(folder: Path, images: bytes, labels: bytes, class_names: bytes) -> None:
+@example(
+    npy({"descr": "|u1", "fortran_order": False, "shape": (1, 1, 1 << 40)}, b""), LABEL, NAME, NAME
+)
+@example(
+    npy({"descr": "|O", "fortran_order": False, "shape": ()}, pickle.dumps(Payload())),
+    LABEL,
+    NAME,
+    NAME,
+)
+@example(pickle.dumps(Payload()), LABEL, NAME, NAME)
+def test_any_arrays(
+    folder: Path, images: bytes, labels: bytes, class_names: bytes, image_form: bytes
+) -> None:
     path = folder / "split.npz"
-    path.write_bytes(archive(images=images, labels=labels, class_names=class_names))
+    arrays = {"images": images, "labels": labels, "class_names": class_names}
+    path.write_bytes(archive(**arrays, image_form=image_form))
     with refused():
         split = load_split(path)
         assert split.images.dtype == split.labels.dtype == np.uint8

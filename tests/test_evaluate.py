@@ -119,6 +119,9 @@ def test_results_agree_with_each_other(finished: Project) -> None:
     correct = sum(actual == predicted for actual, predicted in rows[1:])
     assert accuracy["accuracy"] == correct / len(test) > 0.9
     assert accuracy["accuracy_95_low"] < accuracy["accuracy"] < accuracy["accuracy_95_high"] <= 1
+    wrong = [[str(n), *row] for n, row in enumerate(rows[1:]) if row[0] != row[1]]
+    mistakes = list(csv.reader(finished.read("metrics/mistakes.csv").decode().splitlines()))
+    assert mistakes == [["example", "actual", "predicted"], *wrong]
     classes = json.loads(finished.read("metrics/classes.json"))["accuracy_of"]
     assert list(classes) == list(test.class_names)
     assert Image.open(finished.root / "metrics/misclassified.png").size[0] == COLUMNS * CELL[0]
@@ -173,5 +176,5 @@ def test_it_needs_nothing_but_its_two_files(
         (tmp_path / name).write_bytes(finished.read(name))
     monkeypatch.chdir(tmp_path)
     stage.main()
-    for name in ("accuracy.json", "classes.json", "confusion.csv", "misclassified.png"):
+    for name in ("accuracy.json", "classes.json", "confusion.csv", "mistakes.csv"):
         assert (tmp_path / "metrics" / name).read_bytes() == finished.read(f"metrics/{name}")

@@ -68,8 +68,8 @@ class Scene:
 
     def know(self, *mirrors: str) -> None:
         """Let the data set have these mirrors."""
-        names = fetch.DATASETS["mnist"].class_names
-        small = fetch.Dataset(names, digests(SMALL), mirrors)
+        real = fetch.DATASETS["mnist"]
+        small = fetch.Dataset(real.class_names, digests(SMALL), real.image_form, mirrors)
         self.patch.setitem(fetch.DATASETS, "mnist", small)
 
     def fetched(self) -> dict[str, bytes]:
@@ -93,6 +93,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
 WHOLE = {
     **SMALL,
     "class_names.json": (json.dumps(fetch.DATASETS["mnist"].class_names, indent=2) + "\n").encode(),
+    "image_form.json": b'"mnist"\n',
 }
 
 

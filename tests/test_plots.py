@@ -30,8 +30,10 @@ def test_plots_draw_without_internet(finished: Project, tmp_path: Path) -> None:
     assert MARKS not in browse(page, "--dump-dom")  # no scripts, no drawing
     (finished.root / ".venv").symlink_to(ROOT / ".venv")
     shown = browse(page, "--dump-dom")
-    assert shown.count(MARKS) == 3
-    for title in ("Loss", "Accuracy on the validation split", "Confusion matrix of the test split"):
+    assert shown.count(MARKS) == 4
+    for title in ("Loss", "Accuracy on the validation split"):
+        assert title in shown
+    for title in ("Confusion matrix of the test split", "Mistakes on the test split"):
         assert title in shown
     assert "misclassified.png" in shown
     browse(page, f"--screenshot={tmp_path / 'page.png'}", "--window-size=1300,1700")

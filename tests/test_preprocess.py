@@ -16,6 +16,7 @@ from stages import preprocess
 from stages.fetch import DATASETS
 from stages.preprocess import RAW, decode_idx, hold_out, read_raw
 from stages.shared.data import load_split
+from stages.shared.weights import load_model
 from tests.conftest import STAGES, Project, finish, tell
 from tests.hostile import JSON, damaged, refused
 from tests.mnist import (
@@ -30,7 +31,7 @@ from tests.mnist import (
 
 SMALL = FILES["mnist"]
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = SMALL
-CLASS_NAMES = "class_names.json"
+CLASS_NAMES, IMAGE_FORM = "class_names.json", "image_form.json"
 ARRAY = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
 
 
@@ -53,11 +54,12 @@ def test_any_bytes(data: bytes) -> None:
         assert idx(decode_idx(data)) == data
 
 
-@given(names=JSON.map(json.dumps) | st.text())
-def test_any_class_names(names: str, folder: Path) -> None:
+@given(names=JSON.map(json.dumps) | st.text(), form=JSON.map(json.dumps) | st.text())
+def test_any_class_names_and_form(names: str, form: str, folder: Path) -> None:
     (folder / TEST_IMAGES).write_bytes(idx(array(1, 2, 3)))
     (folder / TEST_LABELS).write_bytes(idx(array(1)))
     (folder / CLASS_NAMES).write_text(names)
+    (folder / IMAGE_FORM).write_text(form)
     with refused():
         assert len(read_raw(folder, "t10k").class_names) > 1
 
@@ -78,7 +80,7 @@ def test_hold_out(size: int) -> None:
 def raw(tmp_path: Path) -> Project:
     """A folder with params.yaml and data/raw/, whose files DVC does not know."""
     names = json.dumps(DATASETS["mnist"].class_names)
-    write_files(tmp_path / RAW, {**SMALL, CLASS_NAMES: names.encode()})
+    write_files(tmp_path / RAW, {**SMALL, CLASS_NAMES: names.encode(), IMAGE_FORM: b'"mnist"'})
     (tmp_path / "params.yaml").write_text("preprocess: {validation_size: 100, seed: 0}")
     return Project(tmp_path, {})
 
@@ -96,6 +98,7 @@ def test_main(
     assert (splits[2].images == decode_idx(SMALL[TEST_IMAGES])).all()
     assert (splits[2].labels == decode_idx(SMALL[TEST_LABELS])).all()
     assert {split.class_names for split in splits} == {DATASETS["mnist"].class_names}
+    assert {split.image_form for split in splits} == {"mnist"}
     assert capsys.readouterr().out.splitlines() == [
         "data/train.npz: 500 examples",
         "data/validation.npz: 100 examples",
@@ -152,6 +155,7 @@ MISTAKES: list[tuple[str, bytes | None, str]] = [
         "data/raw/train-*: there are 0 class names, must be 1 to 256 different ones",
     ),
     (CLASS_NAMES, b"3", damage("'int' object is not iterable")),
+    (IMAGE_FORM, b"junk", damage("Expecting value: line 1 column 1 (char 0)")),
     (CLASS_NAMES, b"junk", damage("Expecting value: line 1 column 1 (char 0)")),
     (
         "../../params.yaml",
@@ -190,7 +194,7 @@ def flip(data: bytes) -> bytes:
     return data[:-1] + bytes((data[-1] ^ 1,))
 
 
-@pytest.mark.parametrize("name", [*SMALL, CLASS_NAMES])
+@pytest.mark.parametrize("name", [*SMALL, CLASS_NAMES, IMAGE_FORM])
 @pytest.mark.parametrize("wrong", [flip, lambda data: data[:-1], lambda _: SMALL[TEST_LABELS] * 2])
 def test_damage_is_refused_when_dvc_runs_the_stage(
     wrong: Callable[[bytes], bytes], name: str, small: Project, monkeypatch: pytest.MonkeyPatch
@@ -218,6 +222,7 @@ def test_a_fresh_clone_gets_the_committed_results(small: Project, tmp_path: Path
     assert fresh.repro() == list(STAGES)
     assert fresh.results() == small.results()
     assert fresh.run("git", "status", "--porcelain") == ""
+    assert load_model(fresh.root / "data/model.safetensors")[1].image_form == "mnist"
 
 
 @pytest.fixture
@@ -244,6 +249,7 @@ def test_another_data_set_is_one_word(copy: Project) -> None:
     assert copy.repro() == list(STAGES)
     rows = csv.DictReader(copy.read("metrics/confusion.csv").decode().splitlines())
     assert {row["actual"] for row in rows} == set(DATASETS["fashion-mnist"].class_names)
+    assert load_model(copy.root / "data/model.safetensors")[1].image_form == ""
 
 
 def test_a_data_set_of_ones_own_is_one_entry(copy: Project) -> None:
@@ -255,7 +261,7 @@ def test_a_data_set_of_ones_own_is_one_entry(copy: Project) -> None:
     }
     write_files(copy.root / "plants", files)
     script = copy.root / "stages/fetch.py"
-    entry = f'"plants": Dataset(("ash", "elm"), {digests(files)}, ("plants",))'
+    entry = f'"plants": Dataset(("ash", "elm"), {digests(files)}, mirrors=("plants",))'
     code = script.read_text().replace("DATASETS = {", f"DATASETS = {{{entry},", 1)
     script.write_text(code)
     copy.set("fetch", dataset="plants")

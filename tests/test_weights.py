@@ -22,7 +22,7 @@ from tests.conftest import ROOT, small_split
 from tests.hostile import JSON, damaged, refused
 
 PARAMS = read_params("model", ModelParams, ROOT / "params.yaml")
-METADATA = Metadata(PARAMS, (4, 5), ("a", "b"))
+METADATA = Metadata(PARAMS, (4, 5), ("a", "b"), "a form")
 PIXELS = mx.random.uniform(shape=(2, 4, 5))
 
 
@@ -56,6 +56,7 @@ def test_it_holds_the_parameters_as_mlx_has_them(saved: tuple[Model, Path]) -> N
     assert json.loads(entries["params"]) == msgspec.to_builtins(PARAMS)
     assert json.loads(entries["image_shape"]) == [4, 5]
     assert json.loads(entries["class_names"]) == ["a", "b"]
+    assert json.loads(entries["image_form"]) == "a form"
     again = METADATA.build()
     again.load_weights(str(path))
     assert mx.array_equal(logits(again), logits(model))

@@ -4,18 +4,25 @@ import argparse
 import sys
 from collections.abc import Callable
 from errno import EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS
+from typing import Any
 
 from stages.shared.errors import UserError
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run `main` as a command line without options, its module's docstring being the `--help`."""
-    argparse.ArgumentParser(
+def run(main: Callable[..., None], arguments: dict[str, dict[str, Any]] | None = None) -> None:
+    """Run `main` as a command line, its module's docstring being the `--help`.
+
+    A stage has no arguments. Those of a tool have the options of `add_argument` and go to `main`.
+    """
+    parser = argparse.ArgumentParser(
         description=sys.modules[main.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    )
+    for name, options in (arguments or {}).items():
+        parser.add_argument(name, **options)
+    values = vars(parser.parse_args())
     try:
-        main()
+        main(**values)
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

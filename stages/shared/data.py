@@ -4,7 +4,7 @@ import math
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from stages.shared.errors import DamagedError, UserError
 from stages.shared.files import atomic_write, mapped, verify
 
-NAMES = ("images", "labels", "class_names")  # of the arrays in a file
+NAMES = ("images", "labels", "class_names")  # of the arrays in a file; image_form may be there
 PART = 1 << 22  # bytes of images in memory at a time
 
 
@@ -23,12 +23,14 @@ class Split:
     """N examples: an image, its label, and what the labels mean.
 
     `images` are uint8 (N, rows, columns) or (N, rows, columns, channels), `labels` uint8 (N,), each
-    the place of a name in `class_names`. Raises `ValueError` for anything else.
+    the place of a name in `class_names`. `image_form` says how a picture becomes such an image:
+    "mnist" as tools/predict.py does it, "" by scaling alone. Raises `ValueError` for anything else.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.uint8]
     class_names: tuple[str, ...]
+    image_form: str = ""
 
     def __post_init__(self) -> None:
         images, labels, names = self.images, self.labels, self.class_names
@@ -52,7 +54,7 @@ class Split:
 
     def __getitem__(self, chosen: Any) -> "Split":
         """The examples that an index of NumPy's chooses."""
-        return Split(self.images[chosen], self.labels[chosen], self.class_names)
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -69,16 +71,20 @@ def save_split(path: Path, split: Split, chosen: NDArray[np.intp] | None = None)
         chosen = np.arange(len(split))
     rows = max(1, PART // math.prod(split.image_shape))
     shape = (len(chosen), *split.image_shape)
+    others = {
+        "image_form": np.array(split.image_form),  # first, for damage could hide the last one
+        "labels": split.labels[chosen],
+        "class_names": np.array(split.class_names),
+    }
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in others.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array)
         with archive.open("images.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             for start in range(0, len(chosen), rows):
                 member.write(split.images[chosen[start : start + rows]].tobytes())
-        others = {"labels": split.labels[chosen], "class_names": np.array(split.class_names)}
-        for name, array in others.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array)
 
 
 def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
@@ -95,7 +101,8 @@ def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
             if any(member.compress_type for member in archive.infolist()):
                 raise UserError(f"{path}: is compressed; write it with np.savez")
             file = memoryview(mapped(path))
-            images, labels, class_names = (_map_array(archive, file, name) for name in NAMES)
+            # All, for the name of one that may be missing could be damaged.
+            arrays = {name: _map_array(archive, file, name) for name in archive.namelist()}
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro`") from None
     except (UserError, PermissionError):
@@ -103,7 +110,9 @@ def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
     except Exception as error:  # zipfile and NumPy know a dozen kinds for damaged bytes
         raise DamagedError(path, error) from None
     try:
-        split = Split(images, labels, tuple(map(str, class_names.ravel())))
+        images, labels, class_names = (arrays[f"{name}.npy"] for name in NAMES)
+        form = "".join(map(str, arrays.get("image_form.npy", np.array("")).ravel()))
+        split = Split(images, labels, tuple(map(str, class_names.ravel())), form)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if not (len(split) or may_be_empty):
@@ -113,7 +122,7 @@ def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
 
 def _map_array(archive: zipfile.ZipFile, file: memoryview, name: str) -> NDArray[Any]:
     """The array in a member of `archive`, which is stored in `file` as the .npy that it is."""
-    member = archive.getinfo(f"{name}.npy")
+    member = archive.getinfo(name)
     lengths = struct.unpack_from("<2H", file, member.header_offset + 26)  # of name and extra field
     start = member.header_offset + 30 + sum(lengths)
     npy = file[start : start + member.file_size]

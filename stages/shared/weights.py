@@ -24,6 +24,7 @@ class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
     params: ModelParams
     image_shape: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(min_length=2)]
     class_names: Annotated[tuple[str, ...], Meta(min_length=1, max_length=256)]
+    image_form: str = ""  # as of a split
 
     def build(self) -> Model:
         """A network of this kind with new weights."""

@@ -1,10 +1,11 @@
 # Each target sets up .venv first if it is missing. PYTHON=python3.12 chooses the Python for it.
 
-.PHONY: help repro verify test lint pictures bench lock
+.PHONY: help repro verify page test lint pictures bench lock
 
 help:
 	@echo "make repro     verify what dvc.lock names, then bring every result up to date"
 	@echo "make verify    the same"
+	@echo "make page      write page.html, a page to draw digits on that holds the model"
 	@echo "make test      run the tests"
 	@echo "make lint      check style, format and types"
 	@echo "make pictures  draw the pictures of the documents from the results"
@@ -27,6 +28,9 @@ INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bi
 repro verify: .venv/installed
 	@$(IN_VENV) python -m tools.verify
 	@$(IN_VENV) dvc repro || { $(IN_VENV) python -m tools.room; exit 1; }
+
+page: repro
+	.venv/bin/python -m tools.page
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist worksteal

@@ -1,5 +1,6 @@
 """What README.md and docs/ claim, and every command they show."""
 
+import ast
 import json
 import os
 import platform
@@ -7,15 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from stages.shared.data import load_split
 from stages.shared.params import read_params
+from stages.shared.scores import score
+from stages.shared.weights import load_model
 from tests.conftest import ROOT, Project, clone, commit, stale
+from tools.page import layers_of
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -175,6 +182,18 @@ def test_more_experiments(walked: Project) -> None:
     assert walked.run("git", "status", "--porcelain") == ""
 
 
+@pytest.mark.docs
+@pytest.mark.usefixtures("committed_params")
+def test_using_the_model(walked: Project) -> None:
+    """Two digits of the test split, one enlarged on white, one as a grey photo with noise."""
+    seven, three = load_split(walked.root / "data/test.npz").images[[0, 18]]
+    Image.fromarray(255 - seven).resize((280, 280)).save(walked.root / "seven.png")
+    noise = np.random.default_rng(0).normal(170, 4, (400, 400))
+    photo = noise - np.array(Image.fromarray(three).resize((400, 400))) * 0.4
+    Image.fromarray(photo.astype(np.uint8)).convert("RGB").save(walked.root / "photo.jpg")
+    walk(walked, (ROOT / "docs/predict.md").read_text())
+
+
 @pytest.mark.usefixtures("committed_params")
 def test_the_shown_mistake_is_what_a_stage_says(finished: Project) -> None:
     params = finished.root / "params.yaml"
@@ -189,6 +208,28 @@ def test_use_the_model(finished: Project) -> None:
     test = load_split(finished.root / "data/test.npz")
     assert set(re.findall("'(.*?)'", printed)) <= set(test.class_names)
     assert printed.count("'") == 10
+
+
+@pytest.mark.parametrize("data", ["small", "real"])
+@pytest.mark.parametrize("package", ["numpy", "torch"])
+def test_the_weights_elsewhere(package: str, data: str, finished: Project) -> None:
+    """The same class for each test image, by the code of docs/predict.md."""
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    root = ROOT if data == "real" else finished.root
+    if not (root / "data/model.safetensors").exists():
+        pytest.skip("this needs the results of `make repro`")
+    model, metadata = load_model(root / "data/model.safetensors")
+    if layers_of(model, metadata) is None:
+        pytest.skip("docs/predict.md is about the multi-layer perceptron")
+    (code,) = (
+        block
+        for block in blocks(section(ROOT / "docs/predict.md", "The weights elsewhere"), "python")
+        if package in re.findall(r"^import (\w+)", block, re.MULTILINE)[-1]
+    )
+    printed = Project(root, {}).run("python", "-c", code)
+    predictions = score(model, load_split(root / "data/test.npz")).predictions
+    assert ast.literal_eval(printed) == [metadata.class_names[label] for label in predictions]
 
 
 @pytest.mark.docs

@@ -28,6 +28,7 @@ INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bi
 repro verify: .venv/installed
 	@$(IN_VENV) python -m tools.verify
 	@$(IN_VENV) dvc repro || { $(IN_VENV) python -m tools.room; exit 1; }
+	@$(IN_VENV) python -m tools.reproduced
 
 page: repro
 	.venv/bin/python -m tools.page

@@ -105,6 +105,6 @@ def test_it_comes_after_dvc_repro() -> None:
     (recipe,) = re.findall(r"^repro .*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
     assert [re.findall("dvc repro|tools.[a-z]+", line) for line in recipe.splitlines()] == [
         ["tools.verify"],
-        ["dvc repro"],
+        ["dvc repro", "tools.room"],
         ["tools.reproduced"],
     ]

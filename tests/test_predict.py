@@ -300,9 +300,8 @@ def test_a_model_of_unknown_images(shape: tuple[int, ...], form: str) -> None:
 
 def test_digits_of_other_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of scikit-learn, 8 x 8 pixels, from 43 people: docs/predict.md tells how many."""
-    from sklearn.datasets import load_digits  # takes longer than all the rest
-
-    digits = load_digits()
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn comes with `make lint`")
+    digits = datasets.load_digits()
     names = [str(tmp_path / f"{number}.png") for number in range(len(digits.target))]
     for name, image in zip(names, digits.images, strict=True):
         Image.fromarray((image * (255 / 16)).astype(np.uint8)).save(name)

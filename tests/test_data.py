@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages.shared.data import Split, load_split, save_split
+from stages.shared.data import PART, Split, load_split, save_split
 from stages.shared.errors import UserError
 from tests.conftest import small_split
 from tests.hostile import Payload, archive, damaged, npy, refused
@@ -62,6 +63,18 @@ def test_numpy_reads_and_writes_the_same_file(
     del again["image_form"]  # which nobody with arrays of their own needs
     np.savez(path, **again)
     assert same(load_split(path), replace(chosen, image_form=""))
+
+
+def test_only_parts_of_a_split_are_in_memory(tmp_path: Path) -> None:
+    images = np.zeros((20, 1000, 1000), np.uint8)
+    split = Split(images, np.zeros(20, np.uint8), ("a",))
+    tracemalloc.start()
+    save_split(tmp_path / "split.npz", split, np.arange(20))
+    loaded = load_split(tmp_path / "split.npz")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert same(loaded, split)
+    assert peak < 3 * PART < images.nbytes
 
 
 def test_indexing_chooses_examples() -> None:

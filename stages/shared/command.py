@@ -14,13 +14,20 @@ def run(main: Callable[[], None]) -> None:
         description=sys.modules[main.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
+    if line := outcome(main):
+        sys.exit(line)
+
+
+def outcome(main: Callable[[], None]) -> str | None:
+    """Call `main`; return the line that tells why it ended early, None if it did not."""
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        return f"error: {error}"
     except OSError as error:
         if error.errno not in (EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS):
             raise
-        sys.exit(f"error: {error.filename or 'disk'}: {error.strerror}; fix that and rerun")
+        return f"error: {error.filename or 'disk'}: {error.strerror}; fix that and rerun"
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        return "interrupted"
+    return None

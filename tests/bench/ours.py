@@ -11,6 +11,7 @@ import numpy as np
 
 from stages.shared.data import load_split
 from stages.shared.model import Model, ModelParams
+from stages.shared.ranks import Ranks, Shards
 from stages.shared.scores import score
 from stages.train import minibatches, step_fn, train_epoch
 from tests.bench.common import Config, run
@@ -26,7 +27,7 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
     model = Model(params, train_split.image_shape, len(train_split.class_names))
     optimizer = optim.SGD(learning_rate=config.learning_rate, momentum=config.momentum)
     stream = mx.new_stream(mx.cpu)
-    step = step_fn(model, optimizer, compiled=False)
+    step = step_fn(model, optimizer, Shards(1, Ranks()), compiled=False)
 
     def epoch(number: int) -> float:
         random = np.random.default_rng((0, number))

@@ -41,6 +41,7 @@ class Ranks:
         self.size = int(next(filter(None, map(os.environ.get, names)), 1))
         names = ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
         self.rank = int(next(filter(None, map(os.environ.get, names)), 0)) if self.size > 1 else 0
+        self.pairs: list[mx.distributed.Group] = []
         self.joined = self.agreed = False
 
     def join(self) -> None:
@@ -58,6 +59,9 @@ class Ranks:
                 f"LAUNCHER: started {self.size} processes, of which {self.group.size()} found each"
                 " other; use the mpirun of the same Open MPI, or srun --mpi=pmix"
             )
+        # In the group of each level a process and its partner add what 1, 2, 4, ... have summed up.
+        levels = range(self.size.bit_length() - 1)
+        self.pairs = [self.group.split(self.rank & ~(1 << level)) for level in levels]
         self.joined = True
 
     def gather(self, value: Any) -> list[Any]:
@@ -108,9 +112,7 @@ class Shards:
         share = count // ranks.size
         self.count = count
         self.own = range(ranks.rank * share, (ranks.rank + 1) * share)
-        levels = range(ranks.size.bit_length() - 1)
-        # With its partner each process adds what 2, 4, 8, ... of them have.
-        self.pairs = [ranks.group.split(ranks.rank & ~(1 << level)) for level in levels]
+        self.pairs = ranks.pairs
 
     def seed(self, seed: int) -> None:
         """Seed MLX's random numbers, which each shard of each step draws anew."""

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -223,11 +223,10 @@ def _launch(launcher: str, module: str, last: Path) -> None:
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        process.terminate()
-        try:
+        process.terminate()  # which a network that is cut may keep from ending
+        with suppress(subprocess.TimeoutExpired):
             process.wait(3)
-        finally:
-            process.kill()
+        process.kill()
         raise
     if status == TOLD:
         sys.exit(1)

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -25,13 +26,15 @@ from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.shared.command import run
 from stages.shared.data import Split, load_split
 from stages.shared.errors import UserError
-from stages.shared.files import save_csv, save_json
+from stages.shared.files import digest, save_csv, save_json
 from stages.shared.model import ModelParams
 from stages.shared.params import read_params
+from stages.shared.ranks import Ranks, Shards, in_ranks
 from stages.shared.scores import score, to_pixels
 from stages.shared.weights import Metadata, save_model
 
 TRAIN, VALIDATION = Path("data/train.npz"), Path("data/validation.npz")
+FIGURES = Path("metrics/training.json")
 # No output of the stage, for DVC removes those before it runs; Git ignores it.
 CHECKPOINT = Path("data/checkpoint.safetensors")
 
@@ -40,6 +43,7 @@ class TrainParams(Struct, frozen=True):
     """The section `train` of params.yaml."""
 
     batch_size: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    shards: Literal[1, 2, 4, 8, 16, 32, 64]
     num_epochs: Annotated[int, Meta(ge=1, le=10_000)]
     learning_rate: Annotated[float, Meta(ge=1e-6, le=100.0)]
     learning_rate_schedule: Literal["constant", "linear", "cosine"]
@@ -62,9 +66,9 @@ class Epoch(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-def loss_fn(model: nn.Module, pixels: mx.array, labels: mx.array) -> mx.array:
-    """Mean cross entropy (nats) of a minibatch."""
-    return nn.losses.cross_entropy(model(pixels), labels, reduction="mean")
+def loss_fn(model: nn.Module, pixels: mx.array, labels: mx.array, count: int) -> mx.array:
+    """The share of some examples in the mean cross entropy (nats) of a minibatch of `count`."""
+    return nn.losses.cross_entropy(model(pixels), labels, reduction="sum") * (1 / count)
 
 
 def sgd(params: TrainParams, num_steps: int) -> optim.SGD:
@@ -105,14 +109,14 @@ def minibatches(
 
 
 def step_fn(
-    model: nn.Module, optimizer: optim.SGD, compiled: bool
+    model: nn.Module, optimizer: optim.SGD, shards: Shards, compiled: bool
 ) -> Callable[[mx.array, mx.array], mx.array]:
     """A function that takes one step of SGD on a minibatch and returns its mean loss."""
-    loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
+    loss_and_grad_fn = shards.sum(nn.value_and_grad(model, loss_fn), model)
 
     def step(pixels: mx.array, labels: mx.array) -> mx.array:
         loss: mx.array
-        loss, grads = loss_and_grad_fn(model, pixels, labels)
+        loss, grads = loss_and_grad_fn(pixels, labels)
         optimizer.update(model, grads)
         return loss
 
@@ -143,6 +147,7 @@ def train(
     validation_split: Split,
     params: TrainParams,
     augment_params: AugmentParams,
+    shards: Shards,
     first_epoch: int = 1,
 ) -> Iterator[Epoch]:
     """Train `model` in place, pausing after each epoch to tell how it went.
@@ -151,11 +156,12 @@ def train(
     the loss or a weight is no longer a finite number.
     """
     stream = mx.new_stream(mx.default_device())
-    # On a CPU the compiler takes longer than it saves (docs/speed.md).
-    step = step_fn(model, optimizer, compiled=mx.default_device() == mx.Device(mx.gpu))
+    # On a CPU the compiler takes longer than it saves (docs/speed.md); it cannot see shards' seeds.
+    compiled = mx.default_device() == mx.Device(mx.gpu) and shards.count == 1
+    step = step_fn(model, optimizer, shards, compiled)
     for epoch in range(first_epoch, params.num_epochs + 1):
         random = np.random.default_rng((params.seed, epoch))
-        mx.random.seed(params.seed << 32 | epoch)  # for dropout
+        shards.seed(params.seed << 32 | epoch)  # for dropout
         batches = minibatches(train_split, params.batch_size, augment_params, random, stream)
         name, steps = f"epoch {epoch}/{params.num_epochs}", len(train_split) / params.batch_size
         # From its third second on, and in a terminal only.
@@ -207,7 +213,8 @@ def refuse_impossible(params: TrainParams, model: nn.Module, num_examples: int) 
         )
 
 
-def main() -> None:
+@in_ranks(last=FIGURES)
+def main(ranks: Ranks) -> None:
     model_params = read_params("model", ModelParams)
     augment_params = read_params("augment", AugmentParams)
     params = read_params("train", TrainParams)
@@ -221,18 +228,32 @@ def main() -> None:
     mx.random.seed(params.seed)
     model = metadata.build()
     refuse_impossible(params, model, len(train_split))
+    shards = Shards(params.shards, ranks)
     num_steps = params.num_epochs * math.ceil(len(train_split) / params.batch_size)
     optimizer = sgd(params, num_steps)
     splits = (train_split, validation_split)
     key = run_key((model_params, augment_params, params), splits)
     history = [Epoch(*row) for row in load_checkpoint(CHECKPOINT, key, model, optimizer)]
-    if history:
+    if ranks.size > 1:
+        logits = score(model, train_split[: params.batch_size]).logits
+        ranks.agree(
+            {
+                "code or packages": run_key((), ()),
+                "params": run_key((model_params, augment_params, params), ()),
+                "data": key,
+                "checkpoint": digest(CHECKPOINT) if CHECKPOINT.is_file() else "",
+                "last bits of a matrix product": sha256(logits.data).hexdigest(),
+            }
+        )
+    if history and not ranks.rank:
         print(f"resumed after epoch {len(history)}, where an earlier run stopped", flush=True)
         save_history(history)  # which DVC has removed
     started = time.perf_counter()
-    epochs = train(model, optimizer, *splits, params, augment_params, len(history) + 1)
+    epochs = train(model, optimizer, *splits, params, augment_params, shards, len(history) + 1)
     for epoch in epochs:
         history.append(epoch)
+        if ranks.rank:
+            continue  # the first one writes
         save_history(history)  # for `dvc plots show` to follow
         save_checkpoint(CHECKPOINT, key, model, optimizer, history)
         seconds, started = time.perf_counter() - started, time.perf_counter()
@@ -240,9 +261,11 @@ def main() -> None:
         number = f"epoch {epoch.epoch:{len(str(params.num_epochs))}}/{params.num_epochs}"
         rate = f"{len(train_split) / seconds:,.0f} examples/s"
         print(number, *figures, rate, sep="  ", flush=True)
+    if ranks.rank:
+        return
     save_model(Path("data/model.safetensors"), model, metadata)
     last = history[-1].figures().items()
-    save_json(Path("metrics/training.json"), {name: round(value, 6) for name, value in last})
+    save_json(FIGURES, {name: round(value, 6) for name, value in last})
     CHECKPOINT.unlink(missing_ok=True)
 
 

@@ -92,7 +92,14 @@ def load(project: Project, file: str, monkeypatch: pytest.MonkeyPatch) -> Module
 def copy(tmp_path: Path) -> Project:
     """A fresh clone, committed, whose params suit small data."""
     project = clone(tmp_path)
-    small = {"batch_size": 16, "num_epochs": 5, "learning_rate": 0.1, "momentum": 0, "threads": 1}
+    small = {
+        "batch_size": 16,
+        "shards": 1,
+        "num_epochs": 5,
+        "learning_rate": 0.1,
+        "momentum": 0,
+        "threads": 1,
+    }
     project.set(**small, learning_rate_schedule="constant", device="cpu")
     project.set("augment", **dict.fromkeys(project.params()["augment"], 0))
     commit(project, "Start")

@@ -20,6 +20,7 @@ from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.shared.data import Split, save_split
 from stages.shared.errors import UserError
 from stages.shared.params import read_params
+from stages.shared.ranks import Ranks, Shards
 from stages.shared.scores import score
 from stages.train import Epoch, TrainParams, loss_fn, minibatches, sgd, step_fn, train
 from tests.conftest import ROOT, SMALL, Project, small_split, tell
@@ -29,6 +30,7 @@ EMPTY = TRAIN[:0]
 PARAMS = replace(
     read_params("train", TrainParams, ROOT / "params.yaml"),
     batch_size=64,
+    shards=1,
     num_epochs=3,
     learning_rate=0.1,
     learning_rate_schedule="constant",
@@ -40,6 +42,7 @@ PARAMS = replace(
 ALL_ON = replace(PARAMS, learning_rate_schedule="cosine", momentum=0.9)
 UNDISTORTED = AugmentParams(shift=0, rotation=0, scale=0, elastic=0)
 DISTORTED = AugmentParams(shift=1, rotation=10, scale=0.1, elastic=0.5)
+ALONE = Shards(1, Ranks())
 
 
 class Network(nn.Module):
@@ -64,6 +67,10 @@ def start(params: TrainParams, dropout: float = 0.0) -> tuple[Network, optim.SGD
     return Network(dropout=dropout), sgd(params, steps)
 
 
+def shards(params: TrainParams) -> Shards:
+    return Shards(params.shards, Ranks())
+
+
 def weights(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))
 
@@ -75,7 +82,10 @@ def trained(
     augment_params: AugmentParams = UNDISTORTED,
 ) -> tuple[dict[str, mx.array], list[Epoch]]:
     model, optimizer = start(params, dropout)
-    history = list(train(model, optimizer, TRAIN, validation_split, params, augment_params))
+    epochs = train(
+        model, optimizer, TRAIN, validation_split, params, augment_params, shards(params)
+    )
+    history = list(epochs)
     return weights(model), history
 
 
@@ -111,6 +121,8 @@ def plainly_trained(params: TrainParams) -> tuple[dict[str, mx.array], list[Epoc
     [
         PARAMS,
         replace(PARAMS, batch_size=500, num_epochs=5),
+        replace(PARAMS, shards=4),
+        replace(PARAMS, batch_size=62, shards=8),  # of the last minibatch, 4 are empty
         replace(PARAMS, momentum=0.9, learning_rate_schedule="linear"),
         replace(PARAMS, momentum=0.5, learning_rate_schedule="cosine"),
     ],
@@ -132,9 +144,9 @@ def test_a_compiled_step_gives_the_same_bits(
     expected, history = trained(params, VALIDATION, 0.2, augment_params)
     made = []
 
-    def compiled_step_fn(model: Any, optimizer: Any, compiled: bool) -> Any:
+    def compiled_step_fn(model: Any, optimizer: Any, shards: Shards, compiled: bool) -> Any:
         assert not compiled
-        made.append(step_fn(model, optimizer, compiled=True))
+        made.append(step_fn(model, optimizer, shards, compiled=True))
         return made[-1]
 
     monkeypatch.setattr(stage, "step_fn", compiled_step_fn)
@@ -168,7 +180,7 @@ def test_the_loss_is_the_mean_cross_entropy() -> None:
     labels = np.array([0, 1, 2, 0, 1, 2, 0])
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     model: Any = lambda pixels: pixels  # noqa: E731
-    loss = loss_fn(model, mx.array(logits.astype(np.float32)), mx.array(labels))
+    loss = loss_fn(model, mx.array(logits.astype(np.float32)), mx.array(labels), len(labels))
     assert float(loss) == pytest.approx(-np.log(shares[np.arange(7), labels]).mean(), abs=1e-6)
 
 
@@ -196,7 +208,7 @@ def test_no_validation_split() -> None:
 
 def test_dropout_is_for_training_alone() -> None:
     model, optimizer = start(PARAMS, dropout=0.5)
-    (*_, last) = train(model, optimizer, TRAIN, VALIDATION, PARAMS, UNDISTORTED)
+    (*_, last) = train(model, optimizer, TRAIN, VALIDATION, PARAMS, UNDISTORTED, ALONE)
     assert score(model, VALIDATION).loss == last.validation_loss
     assert last.train_loss > trained(PARAMS)[1][-1].train_loss
 
@@ -205,7 +217,7 @@ def test_divergence_stops_training() -> None:
     model, optimizer = start(PARAMS)
     model.layers[1].weight *= 1e38
     with pytest.raises(UserError) as error:
-        list(train(model, optimizer, TRAIN, EMPTY, PARAMS, UNDISTORTED))
+        list(train(model, optimizer, TRAIN, EMPTY, PARAMS, UNDISTORTED, ALONE))
     assert str(error.value) == (
         "params.yaml: train.learning_rate is 0.1, with which training diverges in epoch 1"
         " (loss nan); try a lower one"
@@ -216,12 +228,17 @@ def test_divergence_of_a_weight_alone_stops_training() -> None:
     model = Network()
     model.layers[0].bias = mx.full((16,), -mx.inf)  # behind ReLU it is not seen in the loss
     with pytest.raises(UserError, match=r"diverges in epoch 1 \(loss \d"):
-        list(train(model, optim.SGD(0.1), TRAIN, EMPTY, PARAMS, UNDISTORTED))
+        list(train(model, optim.SGD(0.1), TRAIN, EMPTY, PARAMS, UNDISTORTED, ALONE))
 
 
 @pytest.mark.parametrize("stopped_after", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("params", "dropout", "augment_params"), [(PARAMS, 0.0, UNDISTORTED), (ALL_ON, 0.2, DISTORTED)]
+    ("params", "dropout", "augment_params"),
+    [
+        (PARAMS, 0.0, UNDISTORTED),
+        (ALL_ON, 0.2, DISTORTED),
+        (replace(ALL_ON, shards=4), 0.2, DISTORTED),
+    ],
 )
 def test_a_resumed_run_ends_as_an_undisturbed_one(
     stopped_after: int,
@@ -235,15 +252,15 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
     key = run_key(params, (TRAIN, VALIDATION))
 
     model, optimizer = start(params, dropout)
-    epochs = train(model, optimizer, TRAIN, VALIDATION, params, augment_params)
+    others = augment_params, shards(params)
+    epochs = train(model, optimizer, TRAIN, VALIDATION, params, *others)
     rows = [next(epochs) for _ in range(stopped_after)]
     save_checkpoint(path, key, model, optimizer, rows)
 
     model, optimizer = start(params, dropout)
     resumed = [Epoch(*row) for row in load_checkpoint(path, key, model, optimizer)]
     assert len(resumed) == stopped_after
-    first_epoch = stopped_after + 1
-    resumed += train(model, optimizer, TRAIN, VALIDATION, params, augment_params, first_epoch)
+    resumed += train(model, optimizer, TRAIN, VALIDATION, params, *others, stopped_after + 1)
     assert resumed == history
     for name, array in weights(model).items():
         assert mx.array_equal(array, expected[name])

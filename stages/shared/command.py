@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from errno import EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS
+from functools import partial
 from typing import Any
 
 from stages.shared.errors import UserError
@@ -21,13 +22,20 @@ def run(main: Callable[..., None], arguments: dict[str, dict[str, Any]] | None =
     for name, options in (arguments or {}).items():
         parser.add_argument(name, **options)
     values = vars(parser.parse_args())
+    if line := outcome(partial(main, **values)):
+        sys.exit(line)
+
+
+def outcome(main: Callable[[], None]) -> str | None:
+    """Call `main`; return the line that tells why it ended early, None if it did not."""
     try:
-        main(**values)
+        main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        return f"error: {error}"
     except OSError as error:
         if error.errno not in (EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS):
             raise
-        sys.exit(f"error: {error.filename or 'disk'}: {error.strerror}; fix that and rerun")
+        return f"error: {error.filename or 'disk'}: {error.strerror}; fix that and rerun"
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        return "interrupted"
+    return None

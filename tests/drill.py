@@ -105,6 +105,7 @@ def drill(project: Project, kills: int, seed: int) -> Counter[str]:
             command = prepare(project, situation, chance.randrange(1, 10_000))
             share = 0.3 if situation == "changed back" else 1
             printed = disturb(project, command, sign, victim, chance.uniform(0.2, share * duration))
+            project.run("git", "reset", "--quiet")  # what a killed `dvc exp run` may have staged
             project.run("git", "checkout", "--quiet", "params.yaml")
         if sign != signal.SIGKILL and victim != "DVC":
             # Before main, while it starts, Python itself may tell of the interruption.

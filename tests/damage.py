@@ -128,7 +128,7 @@ def check(project: Project, damage: Damage) -> None:
 
 def check_all(project: Project, tried: list[Damage]) -> None:
     """Raise `AssertionError` for the first of them that is not made good."""
-    for damage in tqdm(tried, mininterval=30):
+    for damage in tqdm(tried, mininterval=30, miniters=1):
         try:
             check(project, damage)
         except AssertionError as error:

@@ -97,9 +97,15 @@ def drill(project: Project, kills: int, seed: int) -> Counter[str]:
     project.run("dvc", "repro", "--force")
     duration = time.monotonic() - started
     hits: Counter[str] = Counter()
-    cases = list(product(SITUATIONS, VICTIMS, SIGNALS))
+    cases = [
+        (situation, victim, sign)
+        for situation, victim, sign in product(SITUATIONS, VICTIMS, SIGNALS)
+        if (situation, victim) != ("changed back", "the stage")  # which comes from the cache
+    ]
     chance.shuffle(cases)
-    for situation, victim, sign in tqdm(list(islice(cycle(cases), kills)), mininterval=30):
+    for situation, victim, sign in tqdm(
+        list(islice(cycle(cases), kills)), mininterval=30, miniters=1
+    ):
         printed = None
         while printed is None:
             command = prepare(project, situation, chance.randrange(1, 10_000))

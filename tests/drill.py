@@ -111,6 +111,9 @@ def drill(project: Project, kills: int, seed: int) -> Counter[str]:
             command = prepare(project, situation, chance.randrange(1, 10_000))
             share = 0.3 if situation == "changed back" else 1
             printed = disturb(project, command, sign, victim, chance.uniform(0.2, share * duration))
+            lock = project.root / ".git/index.lock"  # of a killed Git, which says to remove it
+            hits["left behind, as Git says: .git/index.lock"] += lock.exists()
+            lock.unlink(missing_ok=True)
             project.run("git", "reset", "--quiet")  # what a killed `dvc exp run` may have staged
             project.run("git", "checkout", "--quiet", "params.yaml")
         if sign != signal.SIGKILL and victim != "DVC":

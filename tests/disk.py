@@ -41,7 +41,8 @@ def recover(project: Project, before: dict[Path, bytes]) -> None:
 def check_full(project: Project, free: int) -> bool:
     """Train with `free` bytes left on the disk of `project`; return whether these were enough."""
     before = project.results()
-    project.set(seed=1000 + free)
+    # With momentum a checkpoint takes more than DVC frees when it removes the old outputs.
+    project.set(seed=1000 + free, momentum=0.9)
     filler = project.root.parent / "filler"
     disk = os.statvfs(project.root)
     with filler.open("wb") as file:

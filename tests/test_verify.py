@@ -165,5 +165,5 @@ def test_a_full_disk_and_a_read_only_one(finished_once: Project, tmp_path: Path)
         except OSError as error:
             pytest.skip(f"no disk can be mounted here: {error}")
         root = shutil.copytree(finished_once.root, folder / "project", symlinks=True)
-        assert not disk.check_full(Project(root, {}), free=8192)
+        assert not disk.check_full(Project(root, {}), free=4096)
         disk.check_read_only(Project(root, {}), ".dvc/cache")

@@ -233,6 +233,48 @@ def test_the_weights_elsewhere(package: str, data: str, finished: Project) -> No
 
 
 @pytest.mark.docs
+def test_a_sweep_over_hosts_is_the_one_of_a_queue(finished: Project, tmp_path: Path) -> None:
+    """As docs/sharing.md says, with two clones at once for two hosts."""
+    page = section(ROOT / "docs/sharing.md", "Experiments on several hosts")
+    sweep, _, collect = blocks(page, "sh")
+    finished.run("dvc", "remote", "add", "--default", "storage", str(tmp_path / "storage"))
+    commit(finished, "Share results")
+    finished.run(
+        "git", "init", "--quiet", "--bare", "--initial-branch=main", str(tmp_path / "remote.git")
+    )
+    finished.run("git", "push", "--quiet", str(tmp_path / "remote.git"), "HEAD:main")
+    finished.run("dvc", "push", "--quiet")
+    (tmp_path / "sweep.sh").write_text(sweep)
+    remote = {"PROJECT": str(tmp_path / "remote.git")}
+    hosts = [
+        subprocess.Popen(command, cwd=tmp_path, env=finished.environment() | remote | task)
+        for command, task in (
+            (["sh", "sweep.sh"], {"SLURM_ARRAY_TASK_ID": "1"}),
+            (["bash", "-c", "bash -s 2 < sweep.sh"], {}),
+        )
+    ]
+    assert [host.wait() for host in hosts] == [0, 0]
+
+    finished.run("git", "clone", "--quiet", remote["PROJECT"], str(tmp_path / "c"))
+    host, queue = Project(tmp_path / "c", {}), finished
+    shared = host.run("bash", "-euc", collect)
+    assert "seed-1" in host.run("dvc", "exp", "list", "--name-only")
+    queue.run("dvc", "exp", "run", "--queue", "--name=queued", "-S", "train.seed=1,2")
+    queue.run("dvc", "exp", "run", "--run-all")
+    queued = queue.run("bash", "-c", "dvc exp show --csv --hide-workspace | python -m tools.seeds")
+    assert queued.strip() in shared
+    assert re.search(r"^3 +0\.\d+ ± 0\.\d+ +0\.\d+ ± 0\.\d+$", queued, re.MULTILINE)
+    model, models = "data/model.safetensors", set()
+    for seed in (1, 2):
+        host.run("dvc", "exp", "apply", f"seed-{seed}")
+        queue.run("dvc", "exp", "apply", f"queued-{seed}")
+        assert host.params()["train"]["seed"] == queue.params()["train"]["seed"] == seed
+        assert host.read(model) == queue.read(model)
+        models.add(host.read(model))
+    assert len(models) == 2
+
+
+@pytest.mark.docs
 def test_branches_that_both_trained_merge(finished: Project) -> None:
     """As docs/sharing.md says, each command of it."""
     (commands,) = blocks(section(ROOT / "docs/sharing.md", "Branches that both trained"), "sh")

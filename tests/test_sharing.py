@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.conftest import ROOT, Project, commit
-from tests.test_docs import blocks, section
+from tests.conftest import Project, commit
 
 MODEL = "data/model.safetensors"
 
@@ -123,48 +122,6 @@ def test_queued_experiments_run_from_a_clean_clone(finished: Project, tmp_path: 
     lines = re.findall(r"^(0\.\d) +1 +0\.\d+ +0\.\d+$", shown, re.MULTILINE)
     assert sorted(lines) == ["0.1", "0.2"], shown
     assert clone.run("git", "status", "--porcelain") == ""
-
-
-@pytest.mark.docs
-def test_a_sweep_over_hosts_is_the_one_of_a_queue(finished: Project, tmp_path: Path) -> None:
-    """As docs/sharing.md says, with two clones at once for two hosts."""
-    page = section(ROOT / "docs/sharing.md", "Experiments on several hosts")
-    sweep, _, collect = blocks(page, "sh")
-    finished.run("dvc", "remote", "add", "--default", "storage", str(tmp_path / "storage"))
-    commit(finished, "Share results")
-    finished.run(
-        "git", "init", "--quiet", "--bare", "--initial-branch=main", str(tmp_path / "remote.git")
-    )
-    finished.run("git", "push", "--quiet", str(tmp_path / "remote.git"), "HEAD:main")
-    finished.run("dvc", "push", "--quiet")
-    (tmp_path / "sweep.sh").write_text(sweep)
-    remote = {"PROJECT": str(tmp_path / "remote.git")}
-    hosts = [
-        subprocess.Popen(command, cwd=tmp_path, env=finished.environment() | remote | task)
-        for command, task in (
-            (["sh", "sweep.sh"], {"SLURM_ARRAY_TASK_ID": "1"}),
-            (["bash", "-c", "bash -s 2 < sweep.sh"], {}),
-        )
-    ]
-    assert [host.wait() for host in hosts] == [0, 0]
-
-    finished.run("git", "clone", "--quiet", remote["PROJECT"], str(tmp_path / "c"))
-    clone, queue = Project(tmp_path / "c", {}), finished
-    shared = clone.run("bash", "-euc", collect)
-    assert "seed-1" in clone.run("dvc", "exp", "list", "--name-only")
-    queue.run("dvc", "exp", "run", "--queue", "--name=queued", "-S", "train.seed=1,2")
-    queue.run("dvc", "exp", "run", "--run-all")
-    queued = queue.run("bash", "-c", "dvc exp show --csv --hide-workspace | python -m tools.seeds")
-    assert queued.strip() in shared
-    assert re.search(r"^3 +0\.\d+ ± 0\.\d+ +0\.\d+ ± 0\.\d+$", queued, re.MULTILINE)
-    models = set()
-    for seed in (1, 2):
-        clone.run("dvc", "exp", "apply", f"seed-{seed}")
-        queue.run("dvc", "exp", "apply", f"queued-{seed}")
-        assert clone.params()["train"]["seed"] == queue.params()["train"]["seed"] == seed
-        assert clone.read(MODEL) == queue.read(MODEL)
-        models.add(clone.read(MODEL))
-    assert len(models) == 2
 
 
 def test_the_model_is_an_artifact(finished: Project, tmp_path: Path) -> None:

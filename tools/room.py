@@ -6,12 +6,11 @@ A step of `make repro` after a failure.
 import shutil
 
 from stages.shared.command import run
-from tools.verify import LOCK, cache_folder, read_yaml
+from tools.verify import LOCK, cache_folder, outputs
 
 
 def main() -> None:
-    stages = read_yaml(LOCK).get("stages", {})
-    size = sum(out.get("size", 0) for stage in stages.values() for out in stage.get("outs") or ())
+    size = sum(out.get("size", 0) for out in outputs())
     cache = cache_folder()
     for folder in {cache if cache.exists() else cache.parent, LOCK.absolute().parent}:
         free = shutil.disk_usage(folder).free

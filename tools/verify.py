@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 import zc.lockfile
 from dvc.utils import dict_sha256
 
 from stages.shared.command import run
 from stages.shared.errors import UserError
 from stages.shared.files import digest
+from tools.whence import mapping
 
 LOCK = Path("dvc.lock")
 CONFIGS = (Path(".dvc/config"), Path(".dvc/config.local"))
@@ -32,10 +32,9 @@ TMP = Path(".dvc/tmp")
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; an empty one if it is missing or holds anything else."""
     try:
-        found = yaml.load(path.read_bytes(), yaml.CSafeLoader) if path.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError):
+        return mapping(path.read_bytes()) if path.is_file() else {}
+    except OSError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def intact(path: Path, md5: str) -> bool:
@@ -155,14 +154,19 @@ def files_of(cache: Path, out: dict[str, Any]) -> dict[Path, str]:
     return {root / file["relpath"]: file["md5"] for file in files}
 
 
+def outputs() -> list[dict[str, Any]]:
+    """What dvc.lock says of each output."""
+    stages = read_yaml(LOCK).get("stages", {})
+    return [out for stage in stages.values() for out in stage.get("outs") or ()]
+
+
 def drop_damaged(cache: Path) -> Iterator[str]:
     """Drop what differs from dvc.lock: objects of the cache, and outputs in the workspace.
 
     An output that is a regular file stays, for somebody may have edited it; DVC is led to read it
     again.
     """
-    stages = read_yaml(LOCK).get("stages", {})
-    for out in [out for stage in stages.values() for out in stage.get("outs") or ()]:
+    for out in outputs():
         if out["md5"].endswith(".dir"):
             path = object_path(cache, out["md5"])
             if os.path.lexists(path) and not intact(path, out["md5"].removesuffix(".dir")):

@@ -32,13 +32,19 @@ def git(*arguments: str) -> str:
     return done.stdout
 
 
+def mapping(text: str | bytes) -> dict[str, Any]:
+    """The mapping that a YAML text holds; an empty one if it holds anything else."""
+    try:
+        found = yaml.load(text, yaml.CSafeLoader)
+    except (ValueError, yaml.YAMLError):  # as after a conflict
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def stages_of(lock: str) -> dict[str, dict[str, Any]]:
     """The stages in the text of a dvc.lock; none if it is not whole."""
-    try:
-        loaded = yaml.load(lock, yaml.CSafeLoader)
-    except yaml.YAMLError:  # as after a conflict
-        return {}
-    return loaded.get("stages", {}) if isinstance(loaded, dict) else {}
+    stages: dict[str, dict[str, Any]] = mapping(lock).get("stages", {})
+    return stages
 
 
 def params_of(stage: dict[str, Any]) -> dict[str, Any]:

@@ -14,17 +14,23 @@ FAILED = re.compile(r"^make(\[\d+\])?: \*\*\*", re.MULTILINE)  # with a number b
 READ_ONLY = (".", "data", "metrics", ".dvc", ".dvc/cache", ".dvc/tmp", ".downloads", ".git")
 
 
+class CannotMountError(Exception):
+    """Why nothing can be mounted here."""
+
+
 def mount(*arguments: str | Path) -> None:
     subprocess.run(["mount", *arguments], check=True, capture_output=True)
 
 
 @contextmanager
 def mounted(folder: Path, *arguments: str | Path) -> Iterator[None]:
-    """Mount something at `folder`, as root can on Linux; raises `OSError` elsewhere."""
+    """Mount something at `folder`, as root can on Linux; raises `CannotMountError` elsewhere."""
     try:
         mount(*arguments, folder)
     except subprocess.CalledProcessError as error:
-        raise OSError(error.stderr.decode()) from None
+        raise CannotMountError(error.stderr.decode()) from None
+    except FileNotFoundError as error:
+        raise CannotMountError(error) from None
     try:
         yield
     finally:

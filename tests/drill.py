@@ -98,9 +98,9 @@ def drill(project: Project, kills: int, seed: int) -> Counter[str]:
     duration = time.monotonic() - started
     hits: Counter[str] = Counter()
     cases = [
-        (situation, victim, sign)
-        for situation, victim, sign in product(SITUATIONS, VICTIMS, SIGNALS)
-        if (situation, victim) != ("changed back", "the stage")  # which comes from the cache
+        case
+        for case in product(SITUATIONS, VICTIMS, SIGNALS)
+        if case[:2] != ("changed back", "the stage")  # which comes from the cache
     ]
     chance.shuffle(cases)
     for situation, victim, sign in tqdm(
@@ -162,7 +162,7 @@ def main() -> None:
                 root = shutil.copytree(project.root, small / "project", symlinks=True)
                 cases = disk.main(Project(root, project.extra))
             print(f"{cases:4} runs on a full or read-only disk", flush=True)
-        except OSError as error:
+        except disk.CannotMountError as error:
             print(f"no full or read-only disk: {error}", flush=True)
     print("nothing lost, nothing wrong")
 

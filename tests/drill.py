@@ -151,10 +151,9 @@ def main() -> None:
         hits = sum(pool.map(drill, projects, shares, range(WORKERS)), Counter[str]())
         for hit, count in sorted(hits.items()):
             print(f"{count:4} {hit}", flush=True)
-        tried = list(damage.damages(project))
-        parts = [tried[n::WORKERS] for n in range(WORKERS)]
+        parts = [list(damage.damages(project))[n::WORKERS] for n, project in enumerate(projects)]
         list(pool.map(damage.check_all, projects, parts))
-        print(f"{len(tried):4} damaged files, each refused or made good", flush=True)
+        print(f"{sum(map(len, parts)):4} damaged files, each refused or made good", flush=True)
         small = Path(folder, "small")
         small.mkdir()
         try:

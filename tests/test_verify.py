@@ -45,16 +45,18 @@ def leave_behind() -> list[str]:
     """What kills and mishaps leave."""
     Path(".dvc/tmp/rwlock").write_text('{"write": {"data')
     cut(Path("dvc.lock"))
-    Path("data/.train.npz.tmp").write_text("half")
     Path("data/.model.safetensors.part").mkdir()
+    Path("data/.train.npz.tmp").write_text("half")
+    Path("metrics/.accuracy.json.tmp").write_text("")
     Path("data/checkpoint.safetensors").mkdir()
     entry = next(Path(".dvc/cache/runs").glob("*/*/*"))
     cut(entry)
     return [
         ".dvc/tmp/rwlock",
         "dvc.lock",
-        "data/.train.npz.tmp",
         "data/.model.safetensors.part",
+        "data/.train.npz.tmp",
+        "metrics/.accuracy.json.tmp",
         "data/checkpoint.safetensors",
         str(entry),
     ]

@@ -27,6 +27,7 @@ from tools.whence import mapping
 LOCK = Path("dvc.lock")
 CONFIGS = (Path(".dvc/config"), Path(".dvc/config.local"))
 TMP = Path(".dvc/tmp")
+LEFT = (".tmp", ".part")  # of a hidden file that DVC, or a stage, had not finished
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -126,7 +127,8 @@ def repair(cache: Path) -> Iterator[str]:
         remove(LOCK)
         subprocess.run(["git", "checkout", "--quiet", "--", LOCK], stderr=subprocess.DEVNULL)
         yield str(LOCK)
-    left = [*Path("data").glob(".*.tmp"), *Path().glob("[dm]*/.*.part")]
+    folders = (Path("data"), Path("metrics"))
+    left = [path for folder in folders for path in sorted(folder.glob(".*")) if path.suffix in LEFT]
     checkpoint = Path("data/checkpoint.safetensors")
     if os.path.lexists(checkpoint) and not checkpoint.is_file():
         left.append(checkpoint)

@@ -1,6 +1,9 @@
 """How a stage ends."""
 
+import subprocess
+import sys
 from errno import EACCES, EBADF, ENOSPC
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +53,34 @@ def test_a_bug_keeps_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.argv", ["stage"])
     with pytest.raises(type(bug)):
         run(main)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # left in the buffer at the end, or too many for it
+def test_nobody_reads_on(lines: int, tmp_path: Path) -> None:
+    (tmp_path / "tool.py").write_text(
+        f"""
+from stages.shared.command import run
+
+def main():
+    for _ in range({lines}):
+        print("a line")
+
+input()
+run(main)
+"""
+    )
+    tool = subprocess.Popen(
+        [sys.executable, tmp_path / "tool.py"],
+        env={"PYTHONPATH": str(Path(__file__).parents[1])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert tool.stdout
+    tool.stdout.close()
+    tool.stdout = None
+    assert tool.communicate(b"\n") == (None, b"")
+    assert tool.returncode == 1
 
 
 def test_arguments_of_a_tool(monkeypatch: pytest.MonkeyPatch) -> None:

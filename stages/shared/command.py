@@ -1,6 +1,7 @@
 """How a stage runs and ends: a user's mistake in one line and exit code 1, a bug in a traceback."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from errno import EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS
@@ -30,8 +31,12 @@ def outcome(main: Callable[[], None]) -> str | None:
     """Call `main`; return the line that tells why it ended early, None if it did not."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         return f"error: {error}"
+    except BrokenPipeError:  # who reads what is printed, such as `head`, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS):
             raise

@@ -28,6 +28,7 @@ from tests.conftest import Project, finish
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 VICTIMS = ("all", "DVC", "the stage")
 WORKERS = 2  # projects at a time
+TRIES = 50  # to come in time
 SITUATIONS = ("cold", "changed", "changed back", "dvc exp run")
 
 
@@ -54,10 +55,10 @@ def processes(group: int) -> Iterator[psutil.Process]:
 
 def disturb(
     project: Project, command: list[str], sign: signal.Signals, victim: str, seconds: float
-) -> str | None:
+) -> tuple[bool, str]:
     """Run a command, signal one or all of its processes after `seconds`; return its output.
 
-    None says that it had ended before, or that there was no stage to kill.
+    And whether it was disturbed: it may have ended before, or there was no stage to kill.
     """
     with tempfile.TemporaryFile("w+") as log:
         run = subprocess.Popen(
@@ -70,20 +71,17 @@ def disturb(
         )
         with suppress(subprocess.TimeoutExpired):
             run.wait(seconds)
-            return None
         stages = [process.pid for process in processes(run.pid) if process.pid != run.pid]
-        if victim == "the stage" and not stages:
-            run.wait()
-            return None
-        if victim == "all":
+        hit = run.returncode is None and (victim != "the stage" or bool(stages))
+        if hit and victim == "all":
             os.killpg(run.pid, sign)
-        else:
+        elif hit:
             os.kill(run.pid if victim == "DVC" else stages[-1], sign)
         run.wait(60)
         while list(processes(run.pid)):  # a stage without its DVC goes on to its end
             time.sleep(0.01)
         log.seek(0)
-        return log.read()
+        return hit, log.read()
 
 
 def drill(project: Project, kills: int, seed: int) -> Counter[str]:
@@ -106,16 +104,20 @@ def drill(project: Project, kills: int, seed: int) -> Counter[str]:
     for situation, victim, sign in tqdm(
         list(islice(cycle(cases), kills)), mininterval=30, miniters=1
     ):
-        printed = None
-        while printed is None:
+        for _ in range(TRIES):
             command = prepare(project, situation, chance.randrange(1, 10_000))
             share = 0.3 if situation == "changed back" else 1
-            printed = disturb(project, command, sign, victim, chance.uniform(0.2, share * duration))
+            seconds = chance.uniform(0.2, share * duration)
+            hit, printed = disturb(project, command, sign, victim, seconds)
             lock = project.root / ".git/index.lock"  # of a killed Git, which says to remove it
             hits["left behind, as Git says: .git/index.lock"] += lock.exists()
             lock.unlink(missing_ok=True)
             project.run("git", "reset", "--quiet")  # what a killed `dvc exp run` may have staged
             project.run("git", "checkout", "--quiet", "params.yaml")
+            if hit:
+                break
+        else:
+            raise AssertionError((situation, victim, sign, printed))
         if sign != signal.SIGKILL and victim != "DVC":
             # Before main, while it starts, Python itself may tell of the interruption.
             assert not re.search(r'stages/\w+\.py", line \d+, in main', printed), printed

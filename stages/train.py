@@ -24,7 +24,7 @@ from tqdm import tqdm
 from stages.shared.augment import AugmentParams, augment
 from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.shared.command import run
-from stages.shared.data import Split, load_split
+from stages.shared.data import Split, load_split, random_order
 from stages.shared.errors import UserError
 from stages.shared.files import digest, save_csv, save_json
 from stages.shared.model import ModelParams
@@ -96,7 +96,7 @@ def minibatches(
     Each image is distorted anew, by what `random` gives after the order. `stream` makes a minibatch
     ready while the default stream takes the step before.
     """
-    order = random.permutation(len(split))
+    order = random_order(split, random)
     ready = None
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

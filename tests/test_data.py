@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages.shared.data import PART, Split, load_split, save_split
+from stages.shared.data import PART, Split, load_split, random_order, save_split
 from stages.shared.errors import UserError
 from tests.conftest import small_split
 from tests.hostile import Payload, archive, damaged, npy, refused
@@ -43,6 +43,28 @@ def test_a_split_comes_back_as_it_was(
     loaded = load_split(tmp_path / "one.npz", may_be_empty=True)
     assert same(loaded, split)
     assert loaded.image_shape == image_shape
+
+
+@given(
+    count=st.integers(1, 300),
+    group=st.integers(1, 100),  # examples
+    block=st.integers(1, 10),
+    seed=st.integers(0, 9),
+)
+@example(count=1, group=1, block=1, seed=0)
+def test_random_order(count: int, group: int, block: int, seed: int) -> None:
+    split = small_split(count, (5, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.shared.data.GROUP", group * 10)
+        patch.setattr("stages.shared.data.BLOCK", block * 10)
+        order = random_order(split, np.random.default_rng(seed))
+    assert np.array_equal(np.sort(order), np.arange(count))
+    if count <= group:
+        assert np.array_equal(order, np.random.default_rng(seed).permutation(count))
+        return
+    for start in range(0, count, group):  # a group is read from whole blocks, but for its ends
+        part = order[start : start + group]
+        assert len(np.unique(part // block)) <= len(part) // block + 3
 
 
 def test_numpy_reads_and_writes_the_same_file(

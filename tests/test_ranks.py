@@ -137,7 +137,8 @@ def processes(project: Project) -> list[psutil.Process]:
 
 def check_end(project: Project, printed: str, line: str) -> None:
     """It ended in this one line of ours, and no process is left."""
-    ours = re.findall(r"^(?:error:|interrupted|Traceback).*", printed, re.MULTILINE)
+    # mpirun may leave a line without its end.
+    ours = re.findall(r"^ *((?:error:|interrupted|Traceback).*)", printed, re.MULTILINE)
     assert ours == [line], printed
     psutil.wait_procs(processes(project), timeout=10)
     assert not processes(project)
@@ -189,8 +190,8 @@ def test_a_rank_killed(victim: int, count: int, then: int, project: Project) -> 
                 found.kill()
         printed, _ = process.communicate()
     line = (
-        f"error: LAUNCHER: `{mpirun(count)}` ended with exit code 137 before training was done; fix"
-        " that and rerun, which goes on after the last whole epoch"
+        f"error: LAUNCHER: `{mpirun(count)}` ended before training was done; fix that and rerun,"
+        " which goes on after the last whole epoch"
     )
     check_end(project, printed, line)
     assert process.returncode == 1
@@ -264,8 +265,8 @@ def test_interruption(sign: signal.Signals, project: Project) -> None:
             {},
             "true",  # as mpirun may do after a host has died
             {},
-            "LAUNCHER: `true` ended with exit code 0 before training was done; fix that and rerun,"
-            " which goes on after the last whole epoch",
+            "LAUNCHER: `true` ended before training was done; fix that and rerun, which goes on"
+            " after the last whole epoch",
         ),
     ],
 )

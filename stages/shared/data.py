@@ -1,6 +1,7 @@
 """A split of the data, the one form in which any data set reaches the training."""
 
 import math
+import mmap
 import struct
 import zipfile
 import zlib
@@ -16,6 +17,8 @@ from stages.shared.files import atomic_write, mapped, verify
 
 NAMES = ("images", "labels", "class_names")  # of the arrays in a file; image_form may be there
 PART = 1 << 22  # bytes of images in memory at a time
+GROUP = 1 << 26  # bytes of images that are shuffled together, more than MNIST has
+BLOCK = GROUP >> 8  # of those that stay together before that
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,23 @@ class Split:
         return self.images.shape[1:]
 
 
+def random_order(split: Split, random: np.random.Generator) -> NDArray[np.intp]:
+    """The places of all examples in random order, int64 (N,).
+
+    Above GROUP bytes, random blocks of neighbours make a group, which is shuffled. So the disk is
+    read a block at a time, and it is enough if a group fits into memory.
+    """
+    size = math.prod(split.image_shape)
+    group = max(1, GROUP // size)
+    block = len(split) if len(split) <= group else max(1, BLOCK // size)
+    starts = random.permutation(range(0, len(split), block))
+    order = (starts[:, None] + np.arange(block)).ravel()
+    order = order[order < len(split)]  # the last block may be shorter
+    for start in range(0, len(order), group):
+        random.shuffle(order[start : start + group])
+    return order
+
+
 def save_split(path: Path, split: Split, chosen: NDArray[np.intp] | None = None) -> None:
     """Write `split`, or the examples `chosen` of it, as `np.savez` does, a part at a time.
 
@@ -100,9 +120,12 @@ def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
                 raise UserError(f"{path}: has no {min(missing)}; it must hold {', '.join(NAMES)}")
             if any(member.compress_type for member in archive.infolist()):  # it cannot be mapped
                 raise UserError(f"{path}: is compressed; write it with np.savez")
-            file = memoryview(mapped(path))
+            pages = mapped(path)
+            file = memoryview(pages)
             # All, for the name of one that may be missing could be damaged.
             arrays = {name: _map_array(archive, file, name) for name in archive.namelist()}
+            # From here on in random order: where memory is short, do not read what is not needed.
+            pages.madvise(mmap.MADV_RANDOM)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro`") from None
     except (UserError, PermissionError):

@@ -232,6 +232,6 @@ def _launch(launcher: str, module: str, last: Path) -> None:
         sys.exit(1)
     if status or not last.exists() or last.stat().st_mtime_ns == before:
         raise UserError(
-            f"LAUNCHER: `{launcher}` ended with exit code {status} before training was done; fix"
-            " that and rerun, which goes on after the last whole epoch"
+            f"LAUNCHER: `{launcher}` ended before training was done; fix that and rerun, which"
+            " goes on after the last whole epoch"
         )

@@ -33,7 +33,8 @@ import mlx.core as mx
 a, b = mx.random.normal((2, 64, 999), key=mx.random.key(0))
 print(sha256(bytes(memoryview(a @ b.T))).hexdigest())
 """
-USE = "from stages.shared.blas import use_threads\nuse_threads({})\n"
+IMPORT = "from stages.shared.blas import use_threads\n"
+USE = IMPORT + "use_threads({})\n"
 CORE = """
 from ctypes import CDLL, c_char_p
 from stages.shared.blas import LIBRARY
@@ -41,6 +42,16 @@ from stages.shared.blas import LIBRARY
 name = CDLL(str(LIBRARY)).scipy_openblas_get_corename
 name.restype = c_char_p
 print(name().decode())
+"""
+THREADS = """
+import os
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+before = threads()
+use_threads({})
+print(threads() - before)
 """
 NO_LIBRARY = "import sys; sys.prefix = '/nowhere'\n"
 
@@ -59,6 +70,13 @@ def test_openblas_serves_matmul() -> None:
     own = printed(PRODUCT)
     assert printed(USE.format(1) + PRODUCT) != own
     assert printed(USE.format(2) + PRODUCT) != own
+
+
+@linux
+def test_no_thread_is_started_but_those_asked_for() -> None:
+    for threads in (1, 2, 256):
+        *_, started = printed(IMPORT + THREADS.format(threads)).splitlines()
+        assert int(started) == min(threads, os.cpu_count() or 1) - 1
 
 
 @linux

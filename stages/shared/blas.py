@@ -43,13 +43,13 @@ def use_threads(threads: int) -> None:
             os.environ["OPENBLAS_CORETYPE"] = "ARMV8"
         elif {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
             os.environ["OPENBLAS_CORETYPE"] = "Haswell"
+    # By itself it starts one for each core, which at first wait by running, in the way of others.
+    os.environ["OPENBLAS_NUM_THREADS"] = str(min(threads, cores))
     try:
-        openblas = ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
     except OSError:
         print(
             "note: without OpenBLAS, training on the CPU takes about 10 times longer and its last"
             " bits differ; `python -m tools.openblas` installs it",
             flush=True,
         )
-        return
-    openblas.scipy_openblas_set_num_threads(min(threads, cores))

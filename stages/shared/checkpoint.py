@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Iterable
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from stages.shared.data import Split
@@ -20,7 +21,8 @@ def run_key(params: object, splits: Iterable[Split]) -> str:
 
     The code is all that this process has imported from here.
     """
-    digest = sha256(f"{params} {version('mlx')} {version('numpy')}".encode())
+    mlx = mx.__version__  # type: ignore[attr-defined]
+    digest = sha256(f"{params} {mlx} {np.__version__}".encode())
     for split in splits:
         digest.update(repr(split.images.shape).encode())
         digest.update(split.images.data)

@@ -215,6 +215,12 @@ NAME = npy({"descr": "<U1", "fortran_order": False, "shape": (1,)}, b"a\0\0\0")
     npy({"descr": "|u1", "fortran_order": False, "shape": (1, 1, 1 << 40)}, b""), LABEL, NAME, NAME
 )
 @example(
+    npy({"descr": "|S0", "fortran_order": True, "shape": (1 << 13, 1 << 13)}, b""),
+    LABEL,
+    NAME,
+    NAME,
+)
+@example(
     npy({"descr": "|O", "fortran_order": False, "shape": ()}, pickle.dumps(Payload())),
     LABEL,
     NAME,

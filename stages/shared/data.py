@@ -155,6 +155,7 @@ def _map_array(archive: zipfile.ZipFile, file: memoryview, name: str) -> NDArray
         np.lib.format.read_magic(stream)
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
         data = npy[stream.tell() :]
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data):
+    # Nothing of no size, of which any number would fit.
+    if dtype.hasobject or not dtype.itemsize or math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"{name}: {len(data)} bytes are not an array of {dtype} {shape}")
     return np.ascontiguousarray(np.ndarray(shape, dtype, data, order="F" if by_columns else "C"))

@@ -9,7 +9,7 @@ help:
 	@echo "make test      run the tests"
 	@echo "make lint      check style, format and types"
 	@echo "make pictures  draw the pictures of the documents from the results"
-	@echo "make bench     time the train loop against PyTorch, JAX and MLX as it comes"
+	@echo "make bench     time training against PyTorch, JAX and MLX as it comes, and the pipeline"
 	@echo "make lock      renew the locked versions from pyproject.toml"
 
 # The Pythons that the locked packages have wheels for.

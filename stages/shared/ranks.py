@@ -113,6 +113,7 @@ class Shards:
         self.count = count
         self.own = range(ranks.rank * share, (ranks.rank + 1) * share)
         self.pairs = ranks.pairs
+        self.last = mx.array(0.0)  # that was summed over processes
 
     def seed(self, seed: int) -> None:
         """Seed MLX's random numbers, which each shard of each step draws anew."""
@@ -146,13 +147,11 @@ class Shards:
 
     def _add_up(self, term: Any) -> Any:
         """The sum of what all processes have, one array after another in the same order in each."""
-        last = mx.array(0.0)
 
         def add(pair: mx.distributed.Group, array: mx.array) -> mx.array:
-            nonlocal last
-            (array,) = mx.depends([array], [last])
-            last = mx.distributed.all_sum(array, group=pair, stream=mx.cpu)
-            return last
+            (array,) = mx.depends([array], [self.last])
+            self.last = mx.distributed.all_sum(array, group=pair, stream=mx.cpu)
+            return self.last
 
         for pair in self.pairs:
             term = tree_map(partial(add, pair), term)

@@ -137,8 +137,8 @@ def processes(project: Project) -> list[psutil.Process]:
 
 def check_end(project: Project, printed: str, line: str) -> None:
     """It ended in this one line of ours, and no process is left."""
-    # mpirun may leave a line without its end.
-    ours = re.findall(r"^ *((?:error:|interrupted|Traceback).*)", printed, re.MULTILINE)
+    # mpirun may leave a line without its end, and zeros.
+    ours = re.findall(r"^[ \0]*((?:error:|interrupted|Traceback).*)", printed, re.MULTILINE)
     assert ours == [line], printed
     psutil.wait_procs(processes(project), timeout=10)
     assert not processes(project)
@@ -278,6 +278,23 @@ def test_mistake(
     printed = train(project, launcher, ok=False, **extra)
     check_end(project, printed, f"error: {line}")
     assert project.results() == before
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(not shutil.which("srun"), reason="needs Slurm, with a node of two cores")
+def test_slurm(project: Project) -> None:
+    """Its srun ends the others when one has ended, and returns how they did."""
+    srun = "srun -n 2 --mpi=pmix --kill-on-bad-exit"
+    train(project, "")
+    expected = bits(project)
+    train(project, srun)
+    assert bits(project) == expected
+    project.set(shards=1)
+    line = (
+        "error: params.yaml: train.shards is 1, which 2 processes cannot share evenly; it must be a"
+        " multiple of their number"
+    )
+    check_end(project, train(project, srun, ok=False), line)
 
 
 @pytest.mark.mpi

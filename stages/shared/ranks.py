@@ -192,8 +192,9 @@ def _run_one(main: Callable[[Ranks], None], ranks: Ranks) -> None:
     else:
         if line is None:
             return
-        if ranks.rank:
-            time.sleep(10)  # the launcher ends this process when the first has told
+        if ranks.rank:  # the launcher ends this process when the first has told
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(TOLD))  # for srun, which returns it
+            time.sleep(10)
     # Not in an orderly way: MLX would wait for the others for ever.
     sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)

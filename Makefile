@@ -3,7 +3,7 @@
 .PHONY: help repro verify page test lint pictures bench lock
 
 help:
-	@echo "make repro     verify what dvc.lock names, then bring every result up to date"
+	@echo "make repro     verify the outputs in dvc.lock, then bring every result up to date"
 	@echo "make verify    the same"
 	@echo "make page      write page.html, a page to draw digits on that holds the model"
 	@echo "make test      run the tests"

@@ -13,7 +13,7 @@ from tests import disk
 from tests.conftest import Project
 from tools import verify
 
-WHOLE = "verified: every file that dvc.lock names\n"
+WHOLE = "verified: every output in dvc.lock\n"
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,8 @@ def pipe() -> None:
         ),
         (
             lambda: Path(".dvc/config").write_text("[core"),
-            ".dvc/config: cannot be read; get it back with `git checkout .dvc/config`",
+            ".dvc: config file error: Invalid line ('[core') (matched as neither section nor"
+            " keyword) at line 1; fix its config or config.local, or `git checkout .dvc/config`",
         ),
         (
             pipe,
@@ -149,11 +150,17 @@ def test_where_dvc_could_not_work(mistake: Callable[[], object], line: str) -> N
     assert str(error.value) == line
 
 
-def test_a_cache_elsewhere(finished: Project, tmp_path: Path) -> None:
+def test_a_cache_elsewhere(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finished.run("dvc", "cache", "dir", "--local", str(tmp_path / "cache"))
     assert verify.cache_folder() == tmp_path / "cache"
     finished.run("dvc", "cache", "dir", "--local", "elsewhere")
     assert verify.cache_folder().resolve() == finished.root / "elsewhere"
+    Path(".dvc/config.local").unlink()
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "config").write_text("[cache]\n    dir = shared\n")
+    assert verify.cache_folder() == tmp_path / "shared"
 
 
 def test_a_full_disk_and_a_read_only_one(finished_once: Project, tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
-"""Check every file that dvc.lock names, and drop what is damaged, so that DVC makes it anew.
+"""Check every output in dvc.lock, and drop what is damaged, so that DVC makes it anew.
 
 DVC takes a read-only object of its cache, and a file with its old times, on trust, and it stops at
 what a kill has left half written. `make repro` and `make verify` therefore run this before it.
 """
 
-import configparser
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 
 import psutil
 import zc.lockfile
+from dvc.config import Config, ConfigError
 from dvc.utils import dict_sha256
 
 from stages.shared.command import run
@@ -25,7 +25,6 @@ from stages.shared.files import digest
 from tools.whence import mapping
 
 LOCK = Path("dvc.lock")
-CONFIGS = (Path(".dvc/config"), Path(".dvc/config.local"))
 TMP = Path(".dvc/tmp")
 LEFT = (".tmp", ".part")  # of a hidden file that DVC, or a stage, had not finished
 
@@ -55,22 +54,20 @@ def cache_folder() -> Path:
     """Where DVC keeps its data. Raises `UserError` where DVC could not work at all."""
     if not Path(".git").exists():
         raise UserError(".git: not found, and DVC needs it; run `git init`")
-    for path in (Path("params.yaml"), Path("dvc.yaml"), *CONFIGS):
+    for path in map(Path, ("params.yaml", "dvc.yaml", ".dvc/config", ".dvc/config.local")):
         if os.path.lexists(path) and not path.is_file():
             remedy = f"`rm -r {path}` and `git checkout {path}` bring it back"
             raise UserError(f"{path}: is not a regular file; {remedy}")
     if not read_yaml(Path("dvc.yaml")).get("stages"):
         raise UserError("dvc.yaml: has no stages; get it back with `git checkout dvc.yaml`")
-    folder = Path(".dvc/cache")
-    for path in CONFIGS:
-        config = configparser.ConfigParser(interpolation=None)
-        try:
-            config.read(path)
-        except (configparser.Error, UnicodeDecodeError):
-            remedy = f"get it back with `git checkout {path}`"
-            raise UserError(f"{path}: cannot be read; {remedy}") from None
-        folder = path.parent / config.get("cache", "dir", fallback=folder.relative_to(".dvc"))
-    return folder
+    try:
+        config = Config(dvc_dir=".dvc")
+    except ConfigError as error:
+        problem = str(error).rstrip(".")
+        raise UserError(
+            f".dvc: {problem}; fix its config or config.local, or `git checkout .dvc/config`"
+        ) from None
+    return Path(config["cache"].get("dir", ".dvc/cache"))
 
 
 @contextmanager
@@ -166,7 +163,7 @@ def drop_damaged(cache: Path) -> Iterator[str]:
     """Drop what differs from dvc.lock: objects of the cache, and outputs in the workspace.
 
     An output that is a regular file stays, for somebody may have edited it; DVC is led to read it
-    again.
+    again. A folder that the cache does not know DVC reads again by itself.
     """
     for out in outputs():
         if out["md5"].endswith(".dir"):
@@ -197,7 +194,7 @@ def main() -> None:
     if found:
         print(f"not as dvc.lock has it, and so made anew: {', '.join(found)}", flush=True)
     else:
-        print("verified: every file that dvc.lock names", flush=True)
+        print("verified: every output in dvc.lock", flush=True)
 
 
 if __name__ == "__main__":

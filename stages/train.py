@@ -206,7 +206,7 @@ def refuse_impossible(params: TrainParams, model: nn.Module, num_examples: int) 
             " the number of training examples"
         )
     size = sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
-    needed = (4 if params.momentum else 3) * size  # weights, gradients, new weights, momenta
+    needed = 4 * size  # weights, gradients, new weights, and momenta, which MLX always has
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise UserError(
@@ -221,7 +221,7 @@ def main(ranks: Ranks) -> None:
     augment_params = read_params("augment", AugmentParams)
     params = read_params("train", TrainParams)
     select_device(params.device)
-    use_threads(params.threads)
+    kernels = use_threads(params.threads)
     train_split = load_split(TRAIN)
     validation_split = load_split(VALIDATION, may_be_empty=True)
     names, form = train_split.class_names, train_split.image_form
@@ -234,7 +234,7 @@ def main(ranks: Ranks) -> None:
     num_steps = params.num_epochs * math.ceil(len(train_split) / params.batch_size)
     optimizer = sgd(params, num_steps)
     splits = (train_split, validation_split)
-    key = run_key((model_params, augment_params, params), splits)
+    key = run_key((model_params, augment_params, params, kernels), splits)
     history = [Epoch(*row) for row in load_checkpoint(CHECKPOINT, key, model, optimizer)]
     if ranks.size > 1:
         logits = score(model, train_split[: params.batch_size]).logits
@@ -242,9 +242,9 @@ def main(ranks: Ranks) -> None:
             {
                 "code or packages": run_key((), ()),
                 "params": run_key((model_params, augment_params, params), ()),
-                "data": key,
+                "data": run_key((), splits),
                 "checkpoint": digest(CHECKPOINT) if CHECKPOINT.is_file() else "",
-                "last bits of a matrix product": sha256(logits.data).hexdigest(),
+                "last bits of a matrix product": kernels + sha256(logits.data).hexdigest(),
             }
         )
     if history and not ranks.rank:

@@ -20,8 +20,10 @@ sys.setdlopenflags(_flags)
 LIBRARY = Path(sys.prefix) / "lib" / "libopenblas-for-mlx.so"
 
 
-def use_threads(threads: int) -> None:
+def use_threads(threads: int) -> str:
     """Multiply matrices on the CPU with this many threads, where OpenBLAS does it.
+
+    Returns what decides the last bits of a product: the version and kernels of OpenBLAS, or "".
 
     One thread is held to one family of its kernels, Haswell on x86-64 with AVX2 and FMA, ARMV8 on
     arm64: all CPUs of a kind then compute the same bits (docs/reproducibility.md). With more,
@@ -31,7 +33,7 @@ def use_threads(threads: int) -> None:
     Prints a line if there is no OpenBLAS, or if there are not so many cores.
     """
     if sys.platform != "linux":
-        return  # macOS has a fast BLAS of its own
+        return ""  # macOS has a fast BLAS of its own
     cores = os.cpu_count() or 1
     if threads > cores:  # more only wait for each other
         print(
@@ -46,10 +48,14 @@ def use_threads(threads: int) -> None:
     # By itself it starts one for each core, which at first wait by running, in the way of others.
     os.environ["OPENBLAS_NUM_THREADS"] = str(min(threads, cores))
     try:
-        ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+        library = ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
     except OSError:
         print(
-            "note: without OpenBLAS, training on the CPU takes about 10 times longer and its last"
+            "note: without OpenBLAS, training on the CPU takes 10 to 50 times longer and its last"
             " bits differ; `python -m tools.openblas` installs it",
             flush=True,
         )
+        return ""
+    library.scipy_openblas_get_config.restype = ctypes.c_char_p
+    config: bytes = library.scipy_openblas_get_config()
+    return config.decode()

@@ -16,13 +16,13 @@ from stages.shared.data import Split
 from stages.shared.weights import load_arrays, save_arrays
 
 
-def run_key(params: object, splits: Iterable[Split]) -> str:
-    """A digest of what the outcome of a run depends on: params, data, code, MLX and NumPy.
+def run_key(choices: object, splits: Iterable[Split]) -> str:
+    """A digest of what the outcome of a run depends on: choices, data, code, MLX and NumPy.
 
     The code is all that this process has imported from here.
     """
     mlx = mx.__version__  # type: ignore[attr-defined]
-    digest = sha256(f"{params} {mlx} {np.__version__}".encode())
+    digest = sha256(f"{choices} {mlx} {np.__version__}".encode())
     for split in splits:
         digest.update(repr(split.images.shape).encode())
         digest.update(split.images.data)

@@ -167,6 +167,18 @@ def test_other_models_get_the_whole_picture_scaled(shape: tuple[int, ...], mode:
     assert (image == np.asarray(expected)).all()
 
 
+@pytest.mark.parametrize(("pen", "paper"), [("black", "white"), ("white", "black")])
+@pytest.mark.parametrize(("shape", "mode"), [((28, 28), "L"), ((32, 20, 3), "RGB")])
+def test_other_models_get_paper_for_what_is_transparent(
+    pen: str, paper: str, shape: tuple[int, ...], mode: str
+) -> None:
+    image = read_image(
+        encoded(drawing("RGBA", (0, 0, 0, 0), pen)), Metadata(PARAMS, shape, ("a", "b"))
+    )
+    expected = drawing("RGB", paper, pen).convert(mode).resize((shape[1], shape[0]))
+    assert abs(image.astype(int) - np.asarray(expected)).max() <= 1  # of rounding
+
+
 def test_predictions_are_those_of_evaluate(finished: Project, tmp_path: Path) -> None:
     test = load_split(finished.root / "data/test.npz")
     names = [str(tmp_path / f"{number}.png") for number in range(len(test))]
@@ -284,6 +296,24 @@ def test_the_command_line(finished: Project) -> None:
     printed = finished.run(*command[:3], "one.png", ok=False)
     assert printed == "error: data/model.safetensors: not found; make it with `dvc repro`\n"
     assert finished.run(*command[:3], "one.png", "--help").count("Proceedings of the IEEE") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (None, "{}: not found; name another file"),
+        (b"other", r"{}: damaged \(.*\); name another file"),
+    ],
+)
+def test_another_model_that_cannot_be_read(
+    content: bytes | None, line: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        main(["one.png"], path, as_json=False)
+    assert re.fullmatch(line.format(path), str(error.value))
 
 
 @pytest.mark.parametrize(

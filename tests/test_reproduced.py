@@ -10,6 +10,7 @@ from mlx.utils import tree_map
 
 from stages.shared.weights import load_model, save_model
 from tests.conftest import ROOT, Project, commit
+from tools.reproduced import changes
 
 
 def verdict(project: Project) -> str:
@@ -109,4 +110,10 @@ def test_it_comes_after_dvc_repro() -> None:
         ["tools.verify"],
         ["dvc repro", "tools.room"],
         ["tools.reproduced"],
+    ]
+
+
+def test_a_name_with_a_space_is_named_whole() -> None:
+    assert list(changes({"data/my letters": "abc"}, {"data/my letters": "def"})) == [
+        "data/my letters"
     ]

@@ -37,8 +37,19 @@ def test_params_in_which_none_differ_are_not_shown() -> None:
 
 
 def test_experiments_with_other_code_are_not_averaged() -> None:
-    rows = [{**row("0.9", "0.8", 0), "stages/model.py": digest} for digest in ("abc", "def")]
-    assert [line[0] for line in summarize(rows)] == ["stages/model.py", "abc", "def"]
+    digests = ("0123456789abcdef", "fedcba9876543210")
+    rows = [{**row("0.9", "0.8", 0), "stages/model.py": digest} for digest in digests]
+    assert [line[0] for line in summarize(rows)] == [
+        "stages/model.py",
+        "0123456789ab",
+        "fedcba987654",
+    ]
+
+
+def test_params_that_differ_late_are_told_apart() -> None:
+    names = ["fashion-mnist-small", "fashion-mnist-large"]
+    rows = [{**row("0.9", "0.8", 0), "fetch.dataset": name} for name in names]
+    assert [line[0] for line in summarize(rows)] == ["fetch.dataset", *names]
 
 
 def test_experiments_without_a_validation_split_count() -> None:

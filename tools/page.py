@@ -5,8 +5,6 @@ from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
-import stages.shared.blas  # noqa: F401
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np

@@ -1,11 +1,11 @@
 """Say what the model sees in pictures: the class, its probability, and the two runners-up.
 
 A picture is anything that Pillow opens, "-" is standard input. One that has the model's own size
-goes to it as it is, any other is brought to the form that the model file names. For digits that is
-MNIST's own (LeCun, Bottou, Bengio and Haffner, Proceedings of the IEEE 86, 1998, section III.A,
-and the page of MNIST): the box around the digit, with its aspect kept, is scaled to 20 x 20 by
-averaging, and its centre of mass becomes the centre of 28 x 28 pixels, light on dark. Other models
-get the whole picture, scaled.
+goes to it as it is, unless it is transparent; any other is brought to the form that the model file
+names. For digits that is MNIST's own (LeCun, Bottou, Bengio and Haffner, Proceedings of the IEEE
+86, 1998, section III.A, and the page of MNIST): the box around the digit, with its aspect kept, is
+scaled to 20 x 20 by averaging, and its centre of mass becomes the centre of 28 x 28 pixels, light
+on dark. Other models get the whole picture, scaled.
 """
 
 import io
@@ -60,25 +60,18 @@ def open_picture(file: BinaryIO) -> Image.Image:
     return picture
 
 
-def on_paper(picture: Image.Image) -> Pixels:
-    """The grey levels of a picture, uint8 (rows, columns), on paper where it is transparent.
+def on_paper(picture: Image.Image) -> Image.Image:
+    """A picture with paper under it, if it is transparent.
 
     The paper is dark under light ink, light under dark ink, or like the most of the picture.
     """
     if not picture.has_transparency_data:
-        return np.asarray(shrunk(picture.convert("L")))
-    grey, alpha = np.moveaxis(np.asarray(shrunk(picture.convert("LA")), np.float64), 2, 0)
-    opaque = alpha > 127
-    typical = np.median(grey[opaque]) if opaque.any() else 0.0
+        return picture
+    picture = picture.convert("RGBA")
+    grey, opaque = np.asarray(picture.convert("L")), np.asarray(picture.getchannel("A")) > 127
+    typical = int(np.median(grey[opaque])) if opaque.any() else 0
     paper = typical if opaque.mean() > 0.5 else 255 if typical < 128 else 0
-    levels: Pixels = np.rint(paper + (grey - paper) * alpha / 255).astype(np.uint8)
-    return levels
-
-
-def shrunk(picture: Image.Image) -> Image.Image:
-    """The picture with no side longer than `MAX_SIDE`."""
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, (paper,) * 3), picture)
 
 
 def find_ink(grey: Pixels) -> Ink:
@@ -132,13 +125,18 @@ def centred(ink: Ink, rows: int, columns: int) -> Pixels:
 def read_image(file: BinaryIO, metadata: Metadata) -> Pixels:
     """Make an image for the model, uint8 (*image_shape), of a picture. Raises `ValueError`."""
     rows, columns, *channels = metadata.image_shape
+    mode = MODES[channels[0] if channels else 1]
     picture = open_picture(file)
     own_size = picture.size == (columns, rows)
-    if metadata.image_form == "mnist" and not (own_size and not picture.has_transparency_data):
-        image = centred(find_ink(on_paper(picture)), rows, columns)
+    picture = picture.convert("RGBA" if picture.has_transparency_data else mode)
+    if metadata.image_form == "mnist" and not (own_size and picture.mode == mode):
+        picture.thumbnail((MAX_SIDE, MAX_SIDE))
+        grey = np.asarray(on_paper(picture).convert("L"))
+        image = centred(find_ink(grey), rows, columns)
     else:
-        picture = picture.convert(MODES[channels[0] if channels else 1])
-        image = np.asarray(picture if own_size else picture.resize((columns, rows)))
+        if not own_size:
+            picture = picture.resize((columns, rows))
+        image = np.asarray(picture if picture.mode == mode else on_paper(picture).convert(mode))
     if image.min() == image.max():
         raise ValueError(BLANK)
     return image.reshape(metadata.image_shape)
@@ -180,7 +178,13 @@ def main(files: list[str], model: Path, as_json: bool) -> None:
     mx.set_default_device(mx.cpu)
     with redirect_stdout(sys.stderr):  # for its notes
         use_threads(1)
-    network, metadata = load_model(model)
+    try:
+        network, metadata = load_model(model)
+    except UserError as error:
+        if model == MODEL:
+            raise
+        problem, *_ = str(error).rpartition(";")  # for DVC does not make this one
+        raise UserError(f"{problem}; name another file") from None
     refuse_unknown(model, metadata)
     images = {}
     for name in files:

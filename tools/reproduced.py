@@ -35,14 +35,14 @@ def all_of(stages: dict[str, dict[str, Any]], kind: str) -> dict[str, str]:
     return digests_of(part for stage in stages.values() for part in stage.get(kind, ()))
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
     """Where two mappings differ, and how."""
     names = [*before, *(name for name in after if name not in before)]
-    return [
-        f"{name} {before.get(name, 'none')} -> {after.get(name, 'none')}"
+    return {
+        name: f"{before.get(name, 'none')} -> {after.get(name, 'none')}"
         for name in names
         if before.get(name) != after.get(name)
-    ]
+    }
 
 
 def accuracies() -> str:
@@ -78,7 +78,7 @@ def verdict() -> str:
         for stages in (before, after)
     ]
     if changed := changes(*params):
-        return f"a changed experiment: {', '.join(changed)}{accuracies()}"
+        return f"a changed experiment: {', '.join(map(' '.join, changed.items()))}{accuracies()}"
     outs = [all_of(stages, "outs") for stages in (before, after)]
     if outs[0] == outs[1]:
         return "reproduced: the same bits as the committed run"
@@ -87,8 +87,7 @@ def verdict() -> str:
         for stages, made in zip((before, after), outs, strict=True)
     ]
     if changed := changes(*inputs):
-        names = ", ".join(line.partition(" ")[0] for line in changed)
-        return f"changed code or data: {names}{accuracies()}"
+        return f"changed code or data: {', '.join(changed)}{accuracies()}"
     return f"other bits than the committed run{predictions()}{accuracies()}"
 
 

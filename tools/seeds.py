@@ -30,8 +30,8 @@ def summarize(rows: Iterable[dict[str, str]]) -> list[list[str]]:
     for row in rows:
         if _number(row, REPORTED) is not None:  # else it is queued or has failed
             shared = [
-                (key, row[key][:12])
-                for key in row
+                (key, value[:12] if key.startswith("stages/") else value)  # of a digest
+                for key, value in row.items()
                 if (key.partition(".")[0] in sections and key != SEED) or key.startswith("stages/")
             ]
             groups.setdefault(tuple(shared), {})[row.get(SEED, "")] = row

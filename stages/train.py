@@ -222,7 +222,7 @@ def main(ranks: Ranks) -> None:
     params = read_params("train", TrainParams)
     select_device(params.device)
     kernels = use_threads(params.threads)
-    train_split = load_split(TRAIN)
+    train_split = load_split(TRAIN, in_random_order=True)
     validation_split = load_split(VALIDATION, may_be_empty=True)
     names, form = train_split.class_names, train_split.image_form
     metadata = Metadata(model_params, train_split.image_shape, names, form)

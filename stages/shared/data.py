@@ -107,11 +107,12 @@ def save_split(path: Path, split: Split, chosen: NDArray[np.intp] | None = None)
                 member.write(split.images[chosen[start : start + rows]].tobytes())
 
 
-def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
+def load_split(path: Path, *, may_be_empty: bool = False, in_random_order: bool = False) -> Split:
     """Map a split from the .npz at `path`, written by `save_split` or by `np.savez`.
 
-    Its images stay on the disk until they are used, so it may be larger than the memory. Raises
-    `UserError` for a file that is missing, damaged or holds anything else.
+    Its images stay on the disk until they are used, so it may be larger than the memory. Where that
+    is short, `in_random_order` keeps the system from reading what is next. Raises `UserError` for a
+    file that is missing, damaged or holds anything else.
     """
     verify(path)
     try:
@@ -124,8 +125,8 @@ def load_split(path: Path, *, may_be_empty: bool = False) -> Split:
             file = memoryview(pages)
             # All, for the name of one that may be missing could be damaged.
             arrays = {name: _map_array(archive, file, name) for name in archive.namelist()}
-            # From here on in random order: where memory is short, do not read what is not needed.
-            pages.madvise(mmap.MADV_RANDOM)
+            if in_random_order:
+                pages.madvise(mmap.MADV_RANDOM)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro`") from None
     except (UserError, PermissionError):

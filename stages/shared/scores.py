@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from stages.shared.data import Split
 
-BATCH = 1000  # examples at a time, to bound memory; no result depends on it
+BATCH = 1000  # examples at a time, to bound memory; only last bits of logits depend on it
 
 
 def to_pixels(images: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-# Each target sets up .venv first if it is missing. PYTHON=python3.12 chooses the Python for it.
+# Each target sets up .venv first if it is missing or older than requirements.txt. PYTHON=python3.12 chooses the Python for it.
 
 .PHONY: help repro verify page test lint pictures bench lock
 

@@ -57,7 +57,7 @@ Step = Callable[[mx.array, mx.array], mx.array]  # from pixels and labels to the
 
 
 class Epoch(NamedTuple):
-    """A row of the history; the training loss is the mean over the epoch, learning meanwhile."""
+    """A row of the history; the training loss is the mean over the epoch's minibatches."""
 
     epoch: int
     train_loss: float

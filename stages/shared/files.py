@@ -38,7 +38,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def mapped(path: Path) -> mmap.mmap:
-    """The bytes of the file at `path`, read when they are used. Raises `ValueError` for none."""
+    """The bytes of a file, read when they are used. Raises `ValueError` if it is empty."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

@@ -121,7 +121,7 @@ class Shards:
         self.random = np.random.default_rng(seed)
 
     def sum(self, loss_and_grad_fn: LossAndGrad, model: nn.Module) -> LossAndGrad:
-        """Make a function of a whole minibatch of one that takes a part and the number of all."""
+        """Turn a loss-and-gradient function of a shard into one of the whole minibatch."""
 
         def of_all(pixels: mx.array, labels: mx.array) -> Any:
             return loss_and_grad_fn(model, pixels, labels, len(labels))

@@ -1,6 +1,6 @@
-"""Draw docs/pictures/ from what the pipeline has made, and the graph of its stages.
+"""Draw docs/pictures/ from docs/ladder.csv and what the pipeline has made, and its graph.
 
-The graph is what `dvc dag --md` prints; it goes into docs/pipeline.md.
+The graph of the stages is what `dvc dag --md` prints; it goes into docs/pipeline.md.
 """
 
 import csv

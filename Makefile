@@ -17,7 +17,8 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 IN_PYTHON = $(if $(PYTHON), in $(PYTHON))
-IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+# No bytecode: on a full disk Python would write a part of it, and later stop at that.
+IN_VENV := PYTHONDONTWRITEBYTECODE=1 PATH="$(CURDIR)/.venv/bin:$$PATH"
 # Compiled at once: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each dvc command
 # would do it again, which takes 0.6 s.
 INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python \

@@ -55,7 +55,8 @@ def check_full(project: Project, free: int) -> bool:
     disk = os.statvfs(project.root)
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_bsize - free)
-    printed = damage.make(project, ok=None)
+    with_bytecode = Project(project.root, {**project.extra, "PYTHONDONTWRITEBYTECODE": ""})
+    printed = damage.make(with_bytecode, ok=None)
     filler.unlink()
     enough = not FAILED.search(printed)
     if not enough:

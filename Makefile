@@ -1,8 +1,9 @@
 # Each target sets up .venv first if it is missing or older than requirements.txt. PYTHON=python3.12 chooses the Python for it.
 
-.PHONY: help repro verify page test lint pictures bench lock
+.PHONY: help setup repro verify page test lint pictures bench lock
 
 help:
+	@echo "make setup     install the packages into .venv; the others do so if need be"
 	@echo "make repro     verify the outputs in dvc.lock, then bring every result up to date"
 	@echo "make verify    the same"
 	@echo "make page      write page.html, a page to draw digits on that holds the model"
@@ -23,6 +24,8 @@ IN_VENV := PYTHONDONTWRITEBYTECODE=1 PATH="$(CURDIR)/.venv/bin:$$PATH"
 # would do it again, which takes 0.6 s.
 INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python \
 	--require-hashes
+
+setup: .venv/installed
 
 # DVC takes its own files on trust, so they are verified first. The stages name the second target
 # as the remedy for damage; it is the same.

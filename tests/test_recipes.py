@@ -19,8 +19,12 @@ from tests.conftest import ROOT, Project, clone, commit, small_split, tell
 from tests.test_docs import section, walk
 
 pytestmark = pytest.mark.docs
-# Of the tests that a copy keeps all are collected, and these run; none of them trains in a clone.
-KEPT = "code_deps or one_way or plain_loop or learning_rate_of or no_mistake or each_class"
+# Of the tests that a copy keeps all are collected, and these run: the quick ones, and what touches
+# the network.
+KEPT = (
+    "code_deps or one_way or plain_loop or learning_rate_of or no_mistake or each_class"
+    " or lead_somewhere or test_seeds or the_last_bits_alone"
+)
 
 
 def page(name: str, title: str = "") -> str:

@@ -31,7 +31,10 @@ def other_bits(project: Project, noise: float) -> None:
     path = project.root / "data/model.safetensors"
     model, metadata = load_model(path)
     model.update(
-        tree_map(lambda a: a + noise * mx.random.normal(a.shape, key=mx.random.key(0)), model)
+        tree_map(
+            lambda array: array + noise * mx.random.normal(array.shape, key=mx.random.key(0)),
+            model.parameters(),
+        )
     )
     path.unlink()
     save_model(path, model, metadata)

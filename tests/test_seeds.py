@@ -47,9 +47,9 @@ def test_experiments_with_other_code_are_not_averaged() -> None:
 
 
 def test_params_that_differ_late_are_told_apart() -> None:
-    names = ["fashion-mnist-small", "fashion-mnist-large"]
-    rows = [{**row("0.9", "0.8", 0), "fetch.dataset": name} for name in names]
-    assert [line[0] for line in summarize(rows)] == ["fetch.dataset", *names]
+    names = ["warmup-and-cosine", "warmup-and-linear"]
+    rows = [{**row("0.9", "0.8", 0), "train.schedule": name} for name in names]
+    assert [line[0] for line in summarize(rows)] == ["train.schedule", *names]
 
 
 def test_experiments_without_a_validation_split_count() -> None:

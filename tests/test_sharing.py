@@ -151,4 +151,9 @@ def test_a_pull_request_shows_what_it_changes(finished: Project, tmp_path: Path)
     commit(clone, "Train less")
     printed = clone.run(".ci/compare", "HEAD~1")
     assert re.search(r"params.yaml \| train.num_epochs +\| 5 +\| 2 ", printed)
-    assert re.search(r"metrics/accuracy.json \| loss +\| [\d.]+ +\| [\d.]+ +\| [\d.]+ ", printed)
+    assert re.search(r"metrics/accuracy.json \| loss +\| [\d.]+ +\| [\d.]+ +\| -?[\d.]+ ", printed)
+    (clone.root / "params.yaml").write_text("train:\n\tseed: 0\n")
+    printed = clone.run(".ci/compare", "HEAD~1", ok=False)
+    assert re.search(
+        "^error: unable to read: 'params.yaml', .* any token", printed, re.MULTILINE
+    ), printed

@@ -132,6 +132,10 @@ def pipe() -> None:
             "dvc.yaml: has no stages; get it back with `git checkout dvc.yaml`",
         ),
         (
+            lambda: Path("params.yaml").write_text("train:\n\tseed: 0\n"),
+            "params.yaml: line 2: found character '\\t' that cannot start any token",
+        ),
+        (
             lambda: Path(".dvc/config").write_text("[core"),
             ".dvc: config file error: Invalid line ('[core') (matched as neither section nor"
             " keyword) at line 1; fix its config or config.local, or `git checkout .dvc/config`",

@@ -22,6 +22,7 @@ from dvc.utils import dict_sha256
 from stages.shared.command import run
 from stages.shared.errors import UserError
 from stages.shared.files import digest
+from stages.shared.params import read_sections
 from tools.whence import mapping
 
 LOCK = Path("dvc.lock")
@@ -60,6 +61,7 @@ def cache_folder() -> Path:
             raise UserError(f"{path}: is not a regular file; {remedy}")
     if not read_yaml(Path("dvc.yaml")).get("stages"):
         raise UserError("dvc.yaml: has no stages; get it back with `git checkout dvc.yaml`")
+    read_sections()  # for DVC says of a mistake in several lines what it is
     try:
         config = Config(dvc_dir=".dvc")
     except ConfigError as error:
@@ -193,6 +195,8 @@ def main() -> None:
         found = [*repair(cache), *drop_damaged(cache)]
     if found:
         print(f"not as dvc.lock has it, and so made anew: {', '.join(found)}", flush=True)
+    elif not any(os.path.lexists(out["path"]) for out in outputs()):
+        print("nothing to verify yet", flush=True)
     else:
         print("verified: every output in dvc.lock", flush=True)
 

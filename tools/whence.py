@@ -76,7 +76,8 @@ def origins(lock: str, md5: str) -> Iterator[Origin]:
 
 def history() -> Iterator[tuple[str, str]]:
     """The commits of all branches that changed dvc.lock, a line each, with it; the newest first."""
-    log = git("log", "--all", "--full-history", "--format=%H %cs %s", "--", "dvc.lock")
+    all_but_dvcs_own = ("--exclude=refs/exps/apply/*", "--all")
+    log = git("log", *all_but_dvcs_own, "--full-history", "--format=%H %cs %s", "--", "dvc.lock")
     for line in log.splitlines():
         commit, _, rest = line.partition(" ")
         if git("ls-tree", commit, "dvc.lock"):  # else it was deleted there

@@ -36,11 +36,10 @@ def read_params(section: str, params_class: type[T], path: Path = Path("params.y
     """Read `section` of the YAML file at `path` into an instance of `params_class`.
 
     Raises `UserError` with the key, its value and what is allowed when a key is missing, unknown,
-    of the wrong type or out of range; with the line when the file is not plain YAML.
+    of the wrong type or out of range, and as `read_sections` does.
     """
+    sections = read_sections(path)
     try:
-        with path.open("rb") as file:
-            sections = _load(file.read(MAX_SIZE + 1))
         if not isinstance(sections, dict):
             raise ValueError(f"must hold sections such as {section}")
         if section not in sections:
@@ -48,6 +47,15 @@ def read_params(section: str, params_class: type[T], path: Path = Path("params.y
             remedy = f"rename {_bare(meant[0])}" if meant else "add it"
             raise ValueError(f"the section {section} is missing; {remedy}")
         return check_section(sections[section], section, params_class)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_sections(path: Path = Path("params.yaml")) -> Any:
+    """Read a YAML file as DVC does. Raises `UserError` with the line when it is not plain YAML."""
+    try:
+        with path.open("rb") as file:
+            return _load(file.read(MAX_SIZE + 1))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run in the folder that holds it") from None
     except ValueError as error:

@@ -1,4 +1,5 @@
-# Each target sets up .venv first if it is missing or older than requirements.txt. PYTHON=python3.12 chooses the Python for it.
+# Each target sets up .venv first if it is missing or older than requirements.txt.
+# PYTHON=python3.12 chooses the Python for it.
 
 .PHONY: help setup repro verify page test lint pictures bench lock
 

@@ -234,7 +234,8 @@ def main(ranks: Ranks) -> None:
     num_steps = params.num_epochs * math.ceil(len(train_split) / params.batch_size)
     optimizer = sgd(params, num_steps)
     splits = (train_split, validation_split)
-    key = run_key((model_params, augment_params, params, kernels), splits)
+    data = run_key((), splits)
+    key = run_key((model_params, augment_params, params, kernels, data), ())
     history = [Epoch(*row) for row in load_checkpoint(CHECKPOINT, key, model, optimizer)]
     if ranks.size > 1:
         logits = score(model, train_split[: params.batch_size]).logits
@@ -242,7 +243,7 @@ def main(ranks: Ranks) -> None:
             {
                 "code or packages": run_key((), ()),
                 "params": run_key((model_params, augment_params, params), ()),
-                "data": run_key((), splits),
+                "data": data,
                 "checkpoint": digest(CHECKPOINT) if CHECKPOINT.is_file() else "",
                 "last bits of a matrix product": kernels + sha256(logits.data).hexdigest(),
             }

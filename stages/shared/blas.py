@@ -23,14 +23,14 @@ LIBRARY = Path(sys.prefix) / "lib" / "libopenblas-for-mlx.so"
 def use_threads(threads: int) -> str:
     """Multiply matrices on the CPU with this many threads, where OpenBLAS does it.
 
-    Returns what decides the last bits of a product: the version and kernels of OpenBLAS, or "".
-
     One thread is held to one family of its kernels, Haswell on x86-64 with AVX2 and FMA, ARMV8 on
     arm64: all CPUs of a kind then compute the same bits (docs/reproducibility.md). With more,
     OpenBLAS takes the fastest kernels of this CPU. Your own value of OPENBLAS_CORETYPE takes
     precedence; the first call in a process decides.
 
-    Prints a line if there is no OpenBLAS, or if there are not so many cores.
+    Returns what decides the last bits of a product: the version and kernels of OpenBLAS, "" where
+    another library multiplies. Prints a line if OpenBLAS is missing, or if there are not so many
+    cores.
     """
     if sys.platform != "linux":
         return ""  # macOS has a fast BLAS of its own

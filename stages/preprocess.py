@@ -15,10 +15,10 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.data import Split, save_split
 from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import mapped, verify
+from stages.shared.files import map_file, verify
 from stages.shared.params import read_params
 
 DATA = Path("data")
@@ -55,25 +55,25 @@ def decode_idx(data: bytes | mmap.mmap) -> NDArray[np.uint8]:
 def read_raw(folder: Path, prefix: str) -> Split:
     """Read the pair of files in `folder` that start with `prefix`, "train" or "t10k".
 
-    class_names.json and image_form.json beside them say what fetch knows. Raises `UserError` for a
+    class_names.json and preprocessing.json beside them come from fetch. Raises `UserError` for a
     file that is missing, damaged or does not fit the others.
     """
     path = folder
     try:
         path = folder / f"{prefix}-images-idx3-ubyte"
-        images = decode_idx(mapped(path))
+        images = decode_idx(map_file(path))
         path = folder / f"{prefix}-labels-idx1-ubyte"
-        labels = decode_idx(mapped(path))
+        labels = decode_idx(map_file(path))
         path = folder / "class_names.json"
         class_names = tuple(map(str, json.loads(path.read_bytes())))
-        path = folder / "image_form.json"
-        image_form = str(json.loads(path.read_bytes()))
+        path = folder / "preprocessing.json"
+        preprocessing = str(json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; get it with `dvc repro fetch`") from None
     except (TypeError, ValueError) as error:
         raise DamagedError(path, error) from None
     try:
-        return Split(images, labels, class_names, image_form)
+        return Split(images, labels, class_names, preprocessing)
     except ValueError as error:
         raise UserError(f"{folder}/{prefix}-*: {error}") from None
 

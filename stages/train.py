@@ -11,8 +11,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from stages.shared.blas import use_threads
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -21,17 +19,18 @@ from mlx.utils import tree_flatten
 from msgspec import Meta, Struct
 from tqdm import tqdm
 
+from stages.model import ModelParams
 from stages.shared.augment import AugmentParams, augment
 from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
-from stages.shared.command import run
-from stages.shared.data import Split, load_split, random_order
+from stages.shared.cli import run
+from stages.shared.data import Split, load_split, shuffled_indices
+from stages.shared.distributed import Ranks, Shards, in_ranks
 from stages.shared.errors import UserError
 from stages.shared.files import digest, save_csv, save_json
-from stages.shared.model import ModelParams
+from stages.shared.metrics import normalize, score
+from stages.shared.model_file import Metadata, save_model
+from stages.shared.openblas import load_openblas
 from stages.shared.params import read_params
-from stages.shared.ranks import Ranks, Shards, in_ranks
-from stages.shared.scores import score, to_pixels
-from stages.shared.weights import Metadata, save_model
 
 TRAIN, VALIDATION = Path("data/train.npz"), Path("data/validation.npz")
 FIGURES = Path("metrics/training.json")
@@ -56,7 +55,7 @@ class TrainParams(Struct, frozen=True):
 Step = Callable[[mx.array, mx.array], mx.array]  # from pixels and labels to their mean loss
 
 
-class Epoch(NamedTuple):
+class EpochMetrics(NamedTuple):
     """A row of the history; the training loss is the mean over the epoch's minibatches."""
 
     epoch: int
@@ -96,13 +95,13 @@ def minibatches(
     Each image is distorted anew, by what `random` gives after the order. `stream` makes a minibatch
     ready while the default stream takes the step before.
     """
-    order = random_order(split, random)
+    order = shuffled_indices(split, random)
     ready = None
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         with mx.stream(stream):
             images = augment(mx.array(split.images[batch]), augment_params, random)
-            upcoming = to_pixels(images), mx.array(split.labels[batch])
+            upcoming = normalize(images), mx.array(split.labels[batch])
         mx.async_eval(upcoming)
         if ready:
             yield ready
@@ -152,7 +151,7 @@ def train(
     augment_params: AugmentParams,
     shards: Shards,
     first_epoch: int = 1,
-) -> Iterator[Epoch]:
+) -> Iterator[EpochMetrics]:
     """Train `model` in place, pausing after each epoch to tell how it went.
 
     What is random in an epoch depends on `params.seed` and the epoch alone. Raises `UserError` when
@@ -178,14 +177,14 @@ def train(
             )
         if len(validation_split):
             scores = score(model, validation_split)
-            yield Epoch(epoch, train_loss, scores.loss, scores.accuracy)
+            yield EpochMetrics(epoch, train_loss, scores.loss, scores.accuracy)
         else:
-            yield Epoch(epoch, train_loss)
+            yield EpochMetrics(epoch, train_loss)
 
 
-def save_history(history: list[Epoch]) -> None:
+def save_history(history: list[EpochMetrics]) -> None:
     """Write what is known of the epochs so far to metrics/history.csv."""
-    save_csv(Path("metrics/history.csv"), Epoch._fields, history)
+    save_csv(Path("metrics/history.csv"), EpochMetrics._fields, history)
 
 
 def select_device(name: str) -> None:
@@ -198,7 +197,7 @@ def select_device(name: str) -> None:
     mx.set_default_device(device)
 
 
-def refuse_impossible(params: TrainParams, model: nn.Module, num_examples: int) -> None:
+def check_feasible(params: TrainParams, model: nn.Module, num_examples: int) -> None:
     """Raise `UserError` for a minibatch larger than the data, a network larger than the memory."""
     if params.batch_size > num_examples:
         raise UserError(
@@ -221,22 +220,22 @@ def main(ranks: Ranks) -> None:
     augment_params = read_params("augment", AugmentParams)
     params = read_params("train", TrainParams)
     select_device(params.device)
-    kernels = use_threads(params.threads)
+    kernels = load_openblas(params.threads)
     train_split = load_split(TRAIN, in_random_order=True)
     validation_split = load_split(VALIDATION, may_be_empty=True)
-    names, form = train_split.class_names, train_split.image_form
+    names, form = train_split.class_names, train_split.preprocessing
     metadata = Metadata(model_params, train_split.image_shape, names, form)
-    metadata.refuse_other(VALIDATION, validation_split)
+    metadata.check_compatible(VALIDATION, validation_split)
     mx.random.seed(params.seed)
     model = metadata.build()
-    refuse_impossible(params, model, len(train_split))
+    check_feasible(params, model, len(train_split))
     shards = Shards(params.shards, ranks)
     num_steps = params.num_epochs * math.ceil(len(train_split) / params.batch_size)
     optimizer = sgd(params, num_steps)
     splits = (train_split, validation_split)
     data = run_key((), splits)
     key = run_key((model_params, augment_params, params, kernels, data), ())
-    history = [Epoch(*row) for row in load_checkpoint(CHECKPOINT, key, model, optimizer)]
+    history = [EpochMetrics(*row) for row in load_checkpoint(CHECKPOINT, key, model, optimizer)]
     if ranks.size > 1:
         logits = score(model, train_split[: params.batch_size]).logits
         ranks.agree(

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stages.shared.blas import use_threads
-
 import numpy as np
 import pytest
 import yaml
 from hypothesis import settings
 
-from stages.shared import command
+from stages.shared import cli
 from stages.shared.data import Split, save_split
+from stages.shared.openblas import load_openblas
 
-use_threads(1)  # as the stages do
+load_openblas(1)  # as the stages do
 
 # The same cases each time, whatever failed before, on however slow a machine; CASES says how many.
 settings.register_profile(
@@ -140,13 +139,13 @@ class Project:
         self.run("dvc", "queue", "stop", "--kill")  # a worker may miss that there is no more to do
 
 
-def tell(main: Callable[[], None], project: Project, patch: pytest.MonkeyPatch) -> str:
+def error_of(main: Callable[[], None], project: Project, patch: pytest.MonkeyPatch) -> str:
     """Run a stage that a mistake must end; return the one line it says. Nothing else changes."""
     patch.chdir(project.root)
     patch.setattr("sys.argv", ["stage"])
     before = project.results()
     with pytest.raises(SystemExit) as stop:
-        command.run(main)
+        cli.run(main)
     assert project.results() == before
     line = str(stop.value.code)
     assert re.fullmatch("error: .+", line)

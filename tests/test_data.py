@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages.shared.data import PART, Split, load_split, random_order, save_split
+from stages.shared.data import PART, Split, load_split, save_split, shuffled_indices
 from stages.shared.errors import UserError
 from tests.conftest import small_split
-from tests.hostile import Payload, archive, damaged, npy, refused
+from tests.faults.hostile import Payload, archive, damaged, npy, refused
 
 IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
 LABELS = np.array([1, 0], np.uint8)
@@ -26,7 +26,7 @@ def same(one: Split, other: Split) -> bool:
         np.array_equal(one.images, other.images)
         and np.array_equal(one.labels, other.labels)
         and one.class_names == other.class_names
-        and one.image_form == other.image_form
+        and one.preprocessing == other.preprocessing
     )
 
 
@@ -57,7 +57,7 @@ def test_random_order(count: int, group: int, block: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stages.shared.data.GROUP", group * 10)
         patch.setattr("stages.shared.data.BLOCK", block * 10)
-        order = random_order(split, np.random.default_rng(seed))
+        order = shuffled_indices(split, np.random.default_rng(seed))
     assert np.array_equal(np.sort(order), np.arange(count))
     if count <= group:
         assert np.array_equal(order, np.random.default_rng(seed).permutation(count))
@@ -82,9 +82,9 @@ def test_numpy_reads_and_writes_the_same_file(
     again["images"] = np.asfortranarray(again["images"])  # as a transposed array is
     np.savez(path, **again)
     assert same(load_split(path), chosen)
-    del again["image_form"]  # which nobody with arrays of their own needs
+    del again["preprocessing"]  # which nobody with arrays of their own needs
     np.savez(path, **again)
-    assert same(load_split(path), replace(chosen, image_form=""))
+    assert same(load_split(path), replace(chosen, preprocessing=""))
 
 
 def test_only_parts_of_a_split_are_in_memory(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ NAME = npy({"descr": "<U1", "fortran_order": False, "shape": (1,)}, b"a\0\0\0")
     images=NPY,
     labels=st.just(LABEL) | NPY,
     class_names=st.just(NAME) | NPY,
-    image_form=st.just(NAME) | NPY,
+    preprocessing=st.just(NAME) | NPY,
 )
 @example(
     npy({"descr": "|u1", "fortran_order": False, "shape": (1, 1, 1 << 40)}, b""), LABEL, NAME, NAME
@@ -228,11 +228,11 @@ NAME = npy({"descr": "<U1", "fortran_order": False, "shape": (1,)}, b"a\0\0\0")
 )
 @example(pickle.dumps(Payload()), LABEL, NAME, NAME)
 def test_any_arrays(
-    folder: Path, images: bytes, labels: bytes, class_names: bytes, image_form: bytes
+    folder: Path, images: bytes, labels: bytes, class_names: bytes, preprocessing: bytes
 ) -> None:
     path = folder / "split.npz"
     arrays = {"images": images, "labels": labels, "class_names": class_names}
-    path.write_bytes(archive(**arrays, image_form=image_form))
+    path.write_bytes(archive(**arrays, preprocessing=preprocessing))
     with refused():
         split = load_split(path)
         assert split.images.dtype == split.labels.dtype == np.uint8

@@ -21,8 +21,8 @@ from stages.evaluate import (
     wilson_interval,
 )
 from stages.shared.data import Split, save_split
-from stages.shared.scores import Scores
-from tests.conftest import SMALL, Project, small_split, tell
+from stages.shared.metrics import Predictions
+from tests.conftest import SMALL, Project, error_of, small_split
 
 NAMES = ("zero", "one", "two")
 
@@ -42,12 +42,12 @@ def test_wilson_interval(correct: int, total: int, low: float, high: float) -> N
     assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
 
 
-def scores(labels: list[int], predictions: list[int], confidences: list[float]) -> Scores:
-    """Scores with these predictions, made with about these confidences."""
+def scores(labels: list[int], predictions: list[int], confidences: list[float]) -> Predictions:
+    """Predictions with these predictions, made with about these confidences."""
     logits = np.zeros((len(labels), len(NAMES)), np.float32)
     odds = np.array(confidences) / (1 - np.array(confidences)) * (len(NAMES) - 1)
     logits[np.arange(len(labels)), predictions] = np.log(odds)
-    return Scores(logits, np.array(labels, np.uint8))
+    return Predictions(logits, np.array(labels, np.uint8))
 
 
 def test_what_follows_from_the_logits() -> None:
@@ -164,7 +164,7 @@ def test_mistake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mistake(finished)
-    assert tell(stage.main, finished, monkeypatch) == line
+    assert error_of(stage.main, finished, monkeypatch) == line
 
 
 def test_it_needs_nothing_but_its_two_files(

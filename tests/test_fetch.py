@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from stages import fetch
 from stages.shared.errors import UserError
 from tests.conftest import ROOT
-from tests.hostile import damaged, refused
+from tests.faults.hostile import damaged, refused
 from tests.mnist import (
     FILES,
     Answer,
@@ -69,7 +69,7 @@ class Scene:
     def know(self, *mirrors: str) -> None:
         """Let the data set have these mirrors."""
         real = fetch.DATASETS["mnist"]
-        small = fetch.Dataset(real.class_names, digests(SMALL), real.image_form, mirrors)
+        small = fetch.Dataset(real.class_names, digests(SMALL), real.preprocessing, mirrors)
         self.patch.setitem(fetch.DATASETS, "mnist", small)
 
     def fetched(self) -> dict[str, bytes]:
@@ -93,7 +93,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
 WHOLE = {
     **SMALL,
     "class_names.json": (json.dumps(fetch.DATASETS["mnist"].class_names, indent=2) + "\n").encode(),
-    "image_form.json": b'"mnist"\n',
+    "preprocessing.json": b'"mnist"\n',
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 from stages.shared.data import load_split, save_split
 from stages.shared.errors import DamagedError, UserError
 from stages.shared.files import atomic_write, save_csv, save_json, verify
-from stages.shared.weights import load_model, save_arrays
+from stages.shared.model_file import load_model, save_arrays
 from tests.conftest import SMALL, Project
 
 WRITERS: list[Callable[[Path], None]] = [

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.conftest import Project, commit
-from tests.test_ranks import bits, check_end, project, train
+from tests.test_distributed import bits, check_end, project, train
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin")
 pytestmark = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from stages.shared.model import Model, ModelParams
+from stages.model import Model, ModelParams
 
 PARAMS = ModelParams(num_layers=2, hidden_dim=32, dropout=0.0)
 

@@ -18,12 +18,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from stages.model import ModelParams
 from stages.shared.data import Split, load_split
 from stages.shared.errors import UserError
-from stages.shared.model import ModelParams
+from stages.shared.metrics import score
+from stages.shared.model_file import Metadata, load_model
 from stages.shared.params import read_params
-from stages.shared.scores import score
-from stages.shared.weights import Metadata, load_model
 from tests.conftest import ROOT, Project, small_split
 from tests.test_plots import BROWSER, browse
 from tools.page import PAGE, TEMPLATE, main, make_page

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from stages.shared.errors import UserError
 from stages.shared.params import MAX_DEPTH, MAX_SIZE, check_section, read_params
 from tests.conftest import ROOT, STAGES
-from tests.hostile import JSON, damaged, refused
+from tests.faults.hostile import JSON, damaged, refused
 
 GOOD = """\
 other:
@@ -59,7 +59,7 @@ def read(text: str | bytes, params_class: type[Struct], folder: Path) -> Any:
     return read_params("train", params_class, path)
 
 
-def tell(text: str | bytes, params_class: type[Struct], folder: Path) -> str:
+def error_of(text: str | bytes, params_class: type[Struct], folder: Path) -> str:
     """What is wrong with the file."""
     with pytest.raises(UserError) as mistake:
         read(text, params_class, folder)
@@ -81,7 +81,7 @@ def test_a_whole_number_is_a_float(text: str, tmp_path: Path) -> None:
 
 def test_a_default_does_not_replace_a_line(tmp_path: Path) -> None:
     line = "params.yaml: train.flip is missing; it must be true or false"
-    assert tell("train: {}", Free, tmp_path) == line
+    assert error_of("train: {}", Free, tmp_path) == line
 
 
 def with_param(name: str, text: str) -> str:
@@ -236,7 +236,7 @@ MISTAKES: list[tuple[str | bytes, str]] = [
 
 @pytest.mark.parametrize(("text", "line"), MISTAKES, ids=[line for _, line in MISTAKES])
 def test_mistake(text: str | bytes, line: str, tmp_path: Path) -> None:
-    assert tell(text, Params, tmp_path) == f"params.yaml: {line}"
+    assert error_of(text, Params, tmp_path) == f"params.yaml: {line}"
 
 
 def test_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

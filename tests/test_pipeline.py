@@ -17,22 +17,42 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, STAGES, Project, clone, commit
-from tests.damage import Damage, check, damages
-from tests.drill import drill
+from tests.faults.damage import Damage, check, damages
+from tests.faults.drill import drill
 
 RESULTS = ("data/model.safetensors", "metrics/history.csv", "metrics/accuracy.json")
 
 
-def imported(path: Path) -> set[Path]:
-    """The file and all files of this project that it imports, directly or not."""
-    found = {path}
+def modules_of(path: Path) -> set[str]:
+    """Return the names of the modules that a file imports."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        modules = [node.module] if isinstance(node, ast.ImportFrom) else []
-        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for module in modules:
-            file = ROOT / f"{(module or '').replace('.', '/')}.py"
-            if file.exists():
-                found |= imported(file)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def imported(path: Path) -> set[Path]:
+    """Return `path` and all files of this project that it imports, directly or indirectly.
+
+    Importing `stages.shared.cli` runs the `__init__.py` of `stages` and of `stages.shared`, too.
+    """
+    found, todo = set(), [path]
+    while todo:
+        file = todo.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for name in modules_of(file):
+            *packages, module = name.split(".")
+            files = [
+                ROOT.joinpath(*packages[:n], "__init__.py") for n in range(1, len(packages) + 1)
+            ]
+            files += [ROOT.joinpath(*packages, f"{module}.py")]
+            files += [ROOT.joinpath(*packages, module, "__init__.py")]
+            todo += [file for file in files if file.is_file()]
     return found
 
 
@@ -43,11 +63,15 @@ def test_code_deps_are_what_the_stage_imports(stage: str) -> None:
     assert deps == imported(ROOT / f"{script.replace('.', '/')}.py")
 
 
-def test_the_rooms_lead_one_way() -> None:
-    """A stage imports from stages/shared alone, which imports nothing else; tools come on top."""
+def test_stages_import_only_shared_modules_and_the_model() -> None:
+    """Nothing in stages/ imports a stage or a tool; in shared/ only model_file.py the model."""
+    scripts = {ROOT / f"stages/{stage}.py" for stage in STAGES}
     for path in (ROOT / "stages").rglob("*.py"):
-        for file in imported(path) - {path}:
-            assert file.parent == ROOT / "stages/shared", f"{path} imports {file}"
+        others = imported(path) - {path}
+        assert not others & scripts, path
+        assert all(file.is_relative_to(ROOT / "stages") for file in others), path
+        if path.parent.name == "shared" and "stages.model" in modules_of(path):
+            assert path.name == "model_file.py"
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -14,13 +14,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from stages.model import ModelParams
 from stages.shared.data import load_split
 from stages.shared.errors import UserError
-from stages.shared.model import ModelParams
+from stages.shared.model_file import Metadata, load_model, save_model
 from stages.shared.params import read_params
-from stages.shared.weights import Metadata, load_model, save_model
 from tests.conftest import ROOT, SMALL, Project, stale
-from tools.predict import BLANK, MODEL, answer, main, read_image, refuse_unknown
+from tools.predict import BLANK, MODEL, answer, check_supported, main, read_image
 
 PARAMS = read_params("model", ModelParams, ROOT / "params.yaml")
 DIGITS = Metadata(PARAMS, (28, 28), tuple("0123456789"), "mnist")
@@ -321,7 +321,7 @@ def test_another_model_that_cannot_be_read(
 )
 def test_a_model_of_unknown_images(shape: tuple[int, ...], form: str) -> None:
     with pytest.raises(UserError) as error:
-        refuse_unknown(Path("model"), Metadata(PARAMS, shape, ("a", "b"), form))
+        check_supported(Path("model"), Metadata(PARAMS, shape, ("a", "b"), form))
     assert str(error.value) == (
         f"model: wants images {shape} of the form {form!r}, which no picture becomes here; extend"
         " tools/predict.py"
@@ -335,7 +335,7 @@ def test_digits_of_other_people(tmp_path: Path, capsys: pytest.CaptureFixture[st
     names = [str(tmp_path / f"{number}.png") for number in range(len(digits.target))]
     for name, image in zip(names, digits.images, strict=True):
         Image.fromarray((image * (255 / 16)).astype(np.uint8)).save(name)
-    if not ROOT_MODEL.exists() or load_model(ROOT_MODEL)[1].image_form != "mnist":
+    if not ROOT_MODEL.exists() or load_model(ROOT_MODEL)[1].preprocessing != "mnist":
         pytest.skip("data/model.safetensors is not there, or no model of digits; see `make repro`")
     main(names, ROOT_MODEL, as_json=True)
     answers = [json.loads(line)["class"] for line in capsys.readouterr().out.splitlines()]

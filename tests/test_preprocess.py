@@ -16,9 +16,9 @@ from stages import preprocess
 from stages.fetch import DATASETS
 from stages.preprocess import RAW, decode_idx, hold_out, read_raw
 from stages.shared.data import load_split
-from stages.shared.weights import load_model
-from tests.conftest import STAGES, Project, finish, tell
-from tests.hostile import JSON, damaged, refused
+from stages.shared.model_file import load_model
+from tests.conftest import STAGES, Project, error_of, finish
+from tests.faults.hostile import JSON, damaged, refused
 from tests.mnist import (
     FILES,
     Mirror,
@@ -31,7 +31,7 @@ from tests.mnist import (
 
 SMALL = FILES["mnist"]
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = SMALL
-CLASS_NAMES, IMAGE_FORM = "class_names.json", "image_form.json"
+CLASS_NAMES, IMAGE_FORM = "class_names.json", "preprocessing.json"
 ARRAY = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
 
 
@@ -98,7 +98,7 @@ def test_main(
     assert (splits[2].images == decode_idx(SMALL[TEST_IMAGES])).all()
     assert (splits[2].labels == decode_idx(SMALL[TEST_LABELS])).all()
     assert {split.class_names for split in splits} == {DATASETS["mnist"].class_names}
-    assert {split.image_form for split in splits} == {"mnist"}
+    assert {split.preprocessing for split in splits} == {"mnist"}
     assert capsys.readouterr().out.splitlines() == [
         "data/train.npz: 500 examples",
         "data/validation.npz: 100 examples",
@@ -173,7 +173,7 @@ def test_mistake(
     path = raw.root / RAW / file
     path.unlink() if data is None else path.write_bytes(data)
     expected = f"error: {line.replace('FILE', f'data/raw/{file}')}"
-    assert tell(preprocess.main, raw, monkeypatch) == expected
+    assert error_of(preprocess.main, raw, monkeypatch) == expected
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_damage_is_refused_when_dvc_runs_the_stage(
     try:
         path.chmod(0o644)
         path.write_bytes(wrong(whole))
-        line = tell(preprocess.main, small, monkeypatch)
+        line = error_of(preprocess.main, small, monkeypatch)
     finally:
         path.write_bytes(whole)
     expected = "data/raw: damaged (it is not what dvc.lock names); fix it with `make verify`"
@@ -222,7 +222,7 @@ def test_a_fresh_clone_gets_the_committed_results(small: Project, tmp_path: Path
     assert fresh.repro() == list(STAGES)
     assert fresh.results() == small.results()
     assert fresh.run("git", "status", "--porcelain") == ""
-    assert load_model(fresh.root / "data/model.safetensors")[1].image_form == "mnist"
+    assert load_model(fresh.root / "data/model.safetensors")[1].preprocessing == "mnist"
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_another_data_set_is_one_word(copy: Project) -> None:
     assert copy.repro() == list(STAGES)
     rows = csv.DictReader(copy.read("metrics/confusion.csv").decode().splitlines())
     assert {row["actual"] for row in rows} == set(DATASETS["fashion-mnist"].class_names)
-    assert load_model(copy.root / "data/model.safetensors")[1].image_form == ""
+    assert load_model(copy.root / "data/model.safetensors")[1].preprocessing == ""
 
 
 def test_a_data_set_of_ones_own_is_one_entry(copy: Project) -> None:

@@ -18,12 +18,12 @@ from stages import train as stage
 from stages.shared.augment import AugmentParams
 from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.shared.data import Split, save_split
+from stages.shared.distributed import Ranks, Shards
 from stages.shared.errors import UserError
+from stages.shared.metrics import score
 from stages.shared.params import read_params
-from stages.shared.ranks import Ranks, Shards
-from stages.shared.scores import score
-from stages.train import Epoch, TrainParams, loss_fn, minibatches, sgd, step_fn, train
-from tests.conftest import ROOT, SMALL, Project, small_split, tell
+from stages.train import EpochMetrics, TrainParams, loss_fn, minibatches, sgd, step_fn, train
+from tests.conftest import ROOT, SMALL, Project, error_of, small_split
 
 TRAIN, VALIDATION = SMALL["train"], SMALL["validation"]
 EMPTY = TRAIN[:0]
@@ -80,7 +80,7 @@ def trained(
     validation_split: Split = VALIDATION,
     dropout: float = 0.0,
     augment_params: AugmentParams = UNDISTORTED,
-) -> tuple[dict[str, mx.array], list[Epoch]]:
+) -> tuple[dict[str, mx.array], list[EpochMetrics]]:
     model, optimizer = start(params, dropout)
     epochs = train(
         model, optimizer, TRAIN, validation_split, params, augment_params, shards(params)
@@ -89,7 +89,7 @@ def trained(
     return weights(model), history
 
 
-def plainly_trained(params: TrainParams) -> tuple[dict[str, mx.array], list[Epoch]]:
+def plainly_trained(params: TrainParams) -> tuple[dict[str, mx.array], list[EpochMetrics]]:
     """Train as MLX's documentation does: float32 images, a step at a time, nothing clever."""
     images, labels = mx.array(TRAIN.images.astype(np.float32) / 255), mx.array(TRAIN.labels)
     test_images = mx.array(VALIDATION.images.astype(np.float32) / 255)
@@ -112,7 +112,7 @@ def plainly_trained(params: TrainParams) -> tuple[dict[str, mx.array], list[Epoc
             total += float(loss) * len(batch)
         accuracy = mx.mean(mx.argmax(model(test_images), axis=1) == test_labels)
         loss = plain_loss_fn(model, test_images, test_labels)
-        history.append(Epoch(epoch, total / len(TRAIN), float(loss), float(accuracy)))
+        history.append(EpochMetrics(epoch, total / len(TRAIN), float(loss), float(accuracy)))
     return weights(model), history
 
 
@@ -258,7 +258,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
     save_checkpoint(path, key, model, optimizer, rows)
 
     model, optimizer = start(params, dropout)
-    resumed = [Epoch(*row) for row in load_checkpoint(path, key, model, optimizer)]
+    resumed = [EpochMetrics(*row) for row in load_checkpoint(path, key, model, optimizer)]
     assert len(resumed) == stopped_after
     resumed += train(model, optimizer, TRAIN, VALIDATION, params, *others, stopped_after + 1)
     assert resumed == history
@@ -301,13 +301,13 @@ def test_a_network_that_no_memory_holds_is_refused() -> None:
     model = nn.Linear(2**15, 2**17)  # 16 GiB, of which MLX has computed nothing yet
     model.layers = [nn.Linear(2**15, 2**17) for _ in range(99)]
     with pytest.raises(UserError) as error:
-        stage.refuse_impossible(replace(PARAMS, momentum=0.9), model, len(TRAIN))
+        stage.check_feasible(replace(PARAMS, momentum=0.9), model, len(TRAIN))
     assert re.fullmatch(
         r"params.yaml: the network of the section model takes 6,8\d\d GB to train, this machine has"
         r" [\d,]+; make it smaller",
         str(error.value),
     )
-    stage.refuse_impossible(PARAMS, Network(), len(TRAIN))
+    stage.check_feasible(PARAMS, Network(), len(TRAIN))
 
 
 def test_a_stop_after_the_last_epoch_loses_nothing(
@@ -385,4 +385,4 @@ def test_mistake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mistake(finished)
-    assert tell(stage.main, finished, monkeypatch) == line
+    assert error_of(stage.main, finished, monkeypatch) == line

@@ -9,8 +9,8 @@ import pytest
 import zc.lockfile
 
 from stages.shared.errors import UserError
-from tests import disk
 from tests.conftest import Project
+from tests.faults import disk
 from tools import verify
 
 WHOLE = "verified: every output in dvc.lock\n"

@@ -1,4 +1,4 @@
-"""Make the library that stages/shared/blas.py loads, on Linux; a step of `make`.
+"""Make the library that stages/shared/openblas.py loads, on Linux; a step of `make`.
 
 It is that of the package scipy-openblas32 under the name by which MLX calls it: `cblas_sgemm`
 without the prefix that it has there.
@@ -9,10 +9,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from stages.shared.blas import LIBRARY
-
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.errors import UserError
+from stages.shared.openblas import LIBRARY
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.errors import UserError
 from stages.shared.files import atomic_write
-from stages.shared.weights import Metadata, load_model
+from stages.shared.model_file import Metadata, load_model
 from tools.predict import BOX, MODEL
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -49,7 +49,7 @@ def layers_of(model: nn.Module, metadata: Metadata) -> list[list[NDArray[np.floa
 def make_page(path: Path, model: nn.Module, metadata: Metadata) -> str:
     """Put the model of `path` into the page. Raises `UserError` for one that it cannot run."""
     remedy = "; use `python -m tools.predict`"
-    if metadata.image_form != "mnist" or len(metadata.image_shape) != 2:
+    if metadata.preprocessing != "mnist" or len(metadata.image_shape) != 2:
         raise UserError(f"{path}: is not a model of digits, which the page draws{remedy}")
     layers = layers_of(model, metadata)
     if layers is None:

@@ -16,19 +16,18 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stages.shared.blas import use_threads
-
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from stages.shared.command import run
+from stages.model import Model
+from stages.shared.cli import run
 from stages.shared.data import Split
 from stages.shared.errors import UserError
-from stages.shared.model import Model
-from stages.shared.scores import score
-from stages.shared.weights import Metadata, load_model
+from stages.shared.metrics import score
+from stages.shared.model_file import Metadata, load_model
+from stages.shared.openblas import load_openblas
 
 MODEL = Path("data/model.safetensors")
 BOX = 20 / 28  # of an image's side, that a digit fills
@@ -129,7 +128,7 @@ def read_image(file: BinaryIO, metadata: Metadata) -> Pixels:
     picture = open_picture(file)
     own_size = picture.size == (columns, rows)
     picture = picture.convert("RGBA" if picture.has_transparency_data else mode)
-    if metadata.image_form == "mnist" and not (own_size and picture.mode == mode):
+    if metadata.preprocessing == "mnist" and not (own_size and picture.mode == mode):
         picture.thumbnail((MAX_SIDE, MAX_SIDE))
         grey = np.asarray(on_paper(picture).convert("L"))
         image = centred(find_ink(grey), rows, columns)
@@ -142,9 +141,9 @@ def read_image(file: BinaryIO, metadata: Metadata) -> Pixels:
     return image.reshape(metadata.image_shape)
 
 
-def refuse_unknown(path: Path, metadata: Metadata) -> None:
+def check_supported(path: Path, metadata: Metadata) -> None:
     """Raise `UserError` for a model whose images no picture can become here."""
-    form, channels = metadata.image_form, metadata.image_shape[2:]
+    form, channels = metadata.preprocessing, metadata.image_shape[2:]
     if form not in ("", "mnist") or (channels and (form or channels[0] not in MODES)):
         raise UserError(
             f"{path}: wants images {metadata.image_shape} of the form {form!r:.60}, which no"
@@ -177,7 +176,7 @@ def to_line(name: str, classes: list[tuple[str, float]]) -> str:
 def main(files: list[str], model: Path, as_json: bool) -> None:
     mx.set_default_device(mx.cpu)
     with redirect_stdout(sys.stderr):  # for its notes
-        use_threads(1)
+        load_openblas(1)
     try:
         network, metadata = load_model(model)
     except UserError as error:
@@ -185,7 +184,7 @@ def main(files: list[str], model: Path, as_json: bool) -> None:
             raise
         problem, *_ = str(error).rpartition(";")  # for DVC does not make this one
         raise UserError(f"{problem}; name another file") from None
-    refuse_unknown(model, metadata)
+    check_supported(model, metadata)
     images = {}
     for name in files:
         try:

@@ -5,7 +5,7 @@ A step of `make repro` after a failure.
 
 import shutil
 
-from stages.shared.command import run
+from stages.shared.cli import run
 from tools.verify import LOCK, cache_folder, outputs
 
 

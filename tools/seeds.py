@@ -11,7 +11,7 @@ from statistics import mean, stdev
 
 import yaml
 
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.errors import UserError
 
 SEED = "train.seed"

@@ -19,11 +19,11 @@ import zc.lockfile
 from dvc.config import Config, ConfigError
 from dvc.utils import dict_sha256
 
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.errors import UserError
 from stages.shared.files import digest
 from stages.shared.params import read_sections
-from tools.whence import mapping
+from tools.provenance import mapping
 
 LOCK = Path("dvc.lock")
 TMP = Path(".dvc/tmp")

@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from stages.shared.data import Split
-from stages.shared.weights import load_arrays, save_arrays
+from stages.shared.model_file import load_arrays, save_arrays
 
 
 def run_key(choices: object, splits: Iterable[Split]) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import atomic_write, mapped, verify
+from stages.shared.files import atomic_write, map_file, verify
 
-NAMES = ("images", "labels", "class_names")  # of the arrays in a file; image_form may be there
+NAMES = ("images", "labels", "class_names")  # of the arrays in a file; preprocessing may be there
 PART = 1 << 22  # bytes of images in memory at a time
 GROUP = 1 << 26  # bytes of images that are shuffled together, more than MNIST has
 BLOCK = GROUP >> 8  # of those that stay together before that
@@ -26,14 +26,14 @@ class Split:
     """N examples: an image, its label, and what the labels mean.
 
     `images` are uint8 (N, rows, columns) or (N, rows, columns, channels), `labels` uint8 (N,), each
-    the place of a name in `class_names`. `image_form` says how a picture becomes such an image:
+    the place of a name in `class_names`. `preprocessing` says how a picture becomes such an image:
     "mnist" as tools/predict.py does it, "" by scaling alone. Raises `ValueError` for anything else.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.uint8]
     class_names: tuple[str, ...]
-    image_form: str = ""
+    preprocessing: str = ""
 
     def __post_init__(self) -> None:
         images, labels, names = self.images, self.labels, self.class_names
@@ -65,7 +65,7 @@ class Split:
         return self.images.shape[1:]
 
 
-def random_order(split: Split, random: np.random.Generator) -> NDArray[np.intp]:
+def shuffled_indices(split: Split, random: np.random.Generator) -> NDArray[np.intp]:
     """The places of all examples in random order, int64 (N,).
 
     Above GROUP bytes, random blocks of neighbours make a group, which is shuffled. So the disk is
@@ -92,7 +92,7 @@ def save_split(path: Path, split: Split, chosen: NDArray[np.intp] | None = None)
     rows = max(1, PART // math.prod(split.image_shape))
     shape = (len(chosen), *split.image_shape)
     others = {
-        "image_form": np.array(split.image_form),  # first, for damage could hide the last one
+        "preprocessing": np.array(split.preprocessing),  # first, for damage could hide the last one
         "labels": split.labels[chosen],
         "class_names": np.array(split.class_names),
     }
@@ -121,7 +121,7 @@ def load_split(path: Path, *, may_be_empty: bool = False, in_random_order: bool 
                 raise UserError(f"{path}: has no {min(missing)}; it must hold {', '.join(NAMES)}")
             if any(member.compress_type for member in archive.infolist()):  # it cannot be mapped
                 raise UserError(f"{path}: is compressed; write it with np.savez")
-            pages = mapped(path)
+            pages = map_file(path)
             file = memoryview(pages)
             # All, for the name of one that may be missing could be damaged.
             arrays = {name: _map_array(archive, file, name) for name in archive.namelist()}
@@ -135,7 +135,7 @@ def load_split(path: Path, *, may_be_empty: bool = False, in_random_order: bool 
         raise DamagedError(path, error) from None
     try:
         images, labels, class_names = (arrays[f"{name}.npy"] for name in NAMES)
-        form = "".join(map(str, arrays.get("image_form.npy", np.array("")).ravel()))
+        form = "".join(map(str, arrays.get("preprocessing.npy", np.array("")).ravel()))
         split = Split(images, labels, tuple(map(str, class_names.ravel())), form)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None

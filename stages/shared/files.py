@@ -37,7 +37,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             part.unlink()
 
 
-def mapped(path: Path) -> mmap.mmap:
+def map_file(path: Path) -> mmap.mmap:
     """The bytes of a file, read when they are used. Raises `ValueError` if it is empty."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

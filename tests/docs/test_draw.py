@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import draw as pictures
 import numpy as np
 import pytest
-from msgspec.structs import asdict, replace
-from PIL import Image
-
-from stages.shared.errors import UserError
-from tests.conftest import ROOT, SMALL, Project, small_split, stale
-from tools import pictures
-from tools.pictures import (
+from draw import (
     DISTORTIONS,
     MAX_SIZE,
     MAX_WRITTEN,
@@ -30,6 +25,11 @@ from tools.pictures import (
     to_png,
     with_graph,
 )
+from msgspec.structs import asdict, replace
+from PIL import Image
+
+from stages.shared.errors import UserError
+from tests.conftest import ROOT, SMALL, Project, small_split, stale
 
 NUMBER = r"-?\d+(?:\.\d+)?"
 Row = dict[str, str]
@@ -211,7 +211,7 @@ def test_mistakes_of_photographs_stay_small() -> None:
 
 def test_pictures_of_other_results(finished: Project) -> None:
     page = finished.read(PAGE)
-    finished.run("python", "-m", "tools.pictures")
+    Project(finished.root, {"PYTHONPATH": "."}).run("python", "docs/pictures/draw.py")
     shown = texts(finished.read("docs/pictures/confusion.svg"))
     accuracy = json.loads(finished.read("metrics/accuracy.json"))["accuracy"]
     test = SMALL["test"]

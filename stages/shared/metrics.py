@@ -13,13 +13,13 @@ from stages.shared.data import Split
 BATCH = 1000  # examples at a time, to bound memory; only last bits of logits depend on it
 
 
-def to_pixels(images: mx.array) -> mx.array:
+def normalize(images: mx.array) -> mx.array:
     """Turn images, uint8 or float32 from 0 to 255, into float32 pixels in [0, 1]."""
     return images.astype(mx.float32) / 255
 
 
 @dataclass(frozen=True)
-class Scores:
+class Predictions:
     """How a network does on N examples: `logits` float32 (N, classes), `labels` uint8 (N,)."""
 
     logits: NDArray[np.float32]
@@ -53,11 +53,11 @@ class Scores:
         return int(self.correct.sum()) / len(self.correct)
 
 
-def score(model: nn.Module, split: Split) -> Scores:
+def score(model: nn.Module, split: Split) -> Predictions:
     """Score a network on a split that is not empty, without dropout."""
     model.eval()
     logits = [
-        np.array(model(to_pixels(mx.array(split.images[start : start + BATCH]))))
+        np.array(model(normalize(mx.array(split.images[start : start + BATCH]))))
         for start in range(0, len(split), BATCH)
     ]
-    return Scores(np.concatenate(logits), split.labels)
+    return Predictions(np.concatenate(logits), split.labels)

@@ -24,10 +24,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from stages.shared.command import outcome
+from stages.shared.cli import error_line
 from stages.shared.errors import UserError
 
-TOLD = 3  # the exit code of a process that has said why it ends
+EXIT_ALREADY_REPORTED = 3  # the exit code of a process that has said why it ends
 
 LossAndGrad = Callable[..., Any]
 
@@ -183,22 +183,24 @@ def _run_one(main: Callable[[Ranks], None], ranks: Ranks) -> None:
     """Run `main` as one of several processes, the first of which speaks for all."""
     try:
         with redirect_stdout(io.StringIO() if ranks.rank else sys.stdout):
-            line = outcome(ranks.join) or outcome(partial(main, ranks))
+            line = error_line(ranks.join) or error_line(partial(main, ranks))
             if line and ranks.joined and not ranks.agreed:
                 error = line.removeprefix("error: ")
-                line = outcome(partial(ranks.agree, {"error": error})) or line
+                line = error_line(partial(ranks.agree, {"error": error})) or line
     except BaseException:
         line = traceback.format_exc()
     else:
         if line is None:
             return
         if ranks.rank:  # the launcher ends this process when the first has told
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(TOLD))  # for srun, which returns it
+            signal.signal(
+                signal.SIGTERM, lambda *_: os._exit(EXIT_ALREADY_REPORTED)
+            )  # for srun, which returns it
             time.sleep(10)
     # Not in an orderly way: MLX would wait for the others for ever.
     sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
-    os._exit(TOLD)
+    os._exit(EXIT_ALREADY_REPORTED)
 
 
 def _launch(launcher: str, module: str, last: Path) -> None:
@@ -228,7 +230,7 @@ def _launch(launcher: str, module: str, last: Path) -> None:
             process.wait(3)
         process.kill()
         raise
-    if status == TOLD:
+    if status == EXIT_ALREADY_REPORTED:
         sys.exit(1)
     if status or not last.exists() or last.stat().st_mtime_ns == before:
         raise UserError(

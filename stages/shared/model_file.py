@@ -12,10 +12,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from msgspec import Meta, Struct
 
+from stages.model import Model, ModelParams
 from stages.shared.data import Split
 from stages.shared.errors import DamagedError, UserError
 from stages.shared.files import atomic_write, verify
-from stages.shared.model import Model, ModelParams
 
 
 class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,13 +24,13 @@ class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
     params: ModelParams
     image_shape: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(min_length=2)]
     class_names: Annotated[tuple[str, ...], Meta(min_length=1, max_length=256)]
-    image_form: str = ""  # as of a split
+    preprocessing: str = ""  # as of a split
 
     def build(self) -> Model:
         """A network of this kind with new weights."""
         return Model(self.params, self.image_shape, len(self.class_names))
 
-    def refuse_other(self, path: Path, split: Split) -> None:
+    def check_compatible(self, path: Path, split: Split) -> None:
         """Raise `UserError` if `split`, read from `path`, does not fit such a network."""
         if (split.image_shape, split.class_names) != (self.image_shape, self.class_names):
             raise UserError(

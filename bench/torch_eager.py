@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.bench.common import CORES, Config, load, run
+from bench.common import CORES, Config, load, run
 
 
 def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], float]]:

@@ -33,11 +33,11 @@ import mlx.core as mx
 a, b = mx.random.normal((2, 64, 999), key=mx.random.key(0))
 print(sha256(bytes(memoryview(a @ b.T))).hexdigest())
 """
-IMPORT = "from stages.shared.blas import use_threads\n"
-USE = IMPORT + "use_threads({})\n"
+IMPORT = "from stages.shared.openblas import load_openblas\n"
+USE = IMPORT + "load_openblas({})\n"
 CORE = """
 from ctypes import CDLL, c_char_p
-from stages.shared.blas import LIBRARY
+from stages.shared.openblas import LIBRARY
 
 name = CDLL(str(LIBRARY)).scipy_openblas_get_corename
 name.restype = c_char_p
@@ -50,7 +50,7 @@ def threads():
     return len(os.listdir("/proc/self/task"))
 
 before = threads()
-use_threads({})
+load_openblas({})
 print(threads() - before)
 """
 NO_LIBRARY = "import sys; sys.prefix = '/nowhere'\n"
@@ -108,7 +108,7 @@ def test_kernels_are_those_of_one_family_with_one_thread_unless_told_otherwise()
     assert printed(USE.format(2) + CORE) == printed(CORE)
     for threads in (1, 2):
         assert printed(USE.format(threads) + CORE, OPENBLAS_CORETYPE=other) == other
-    assert f" {family} " in printed(IMPORT + "print(use_threads(1))")
+    assert f" {family} " in printed(IMPORT + "print(load_openblas(1))")
 
 
 MODELS = {

@@ -18,9 +18,9 @@ import yaml
 from PIL import Image
 
 from stages.shared.data import load_split
+from stages.shared.metrics import score
+from stages.shared.model_file import load_model
 from stages.shared.params import read_params
-from stages.shared.scores import score
-from stages.shared.weights import load_model
 from tests.conftest import ROOT, Project, clone, commit, stale
 from tools.page import layers_of
 
@@ -90,8 +90,8 @@ def test_ladder_climbs_by_params_that_exist(tmp_path: Path) -> None:
 
 
 def params_classes() -> dict[str, Any]:
+    from stages.model import ModelParams
     from stages.shared.augment import AugmentParams
-    from stages.shared.model import ModelParams
     from stages.train import TrainParams
 
     return {"augment": AugmentParams, "model": ModelParams, "train": TrainParams}
@@ -327,7 +327,7 @@ def test_every_page_is_linked() -> None:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text())
         if not re.match("https?://", link)
     }
-    pictures = (ROOT / "docs/pictures").glob("*")
+    pictures = (ROOT / "docs/pictures").glob("*.[ps][nv]g")
     assert linked >= {path.resolve() for path in (*PAGES[1:], *pictures)}
 
 

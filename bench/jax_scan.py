@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.bench.common import Config, load, run
+from bench.common import Config, load, run
 
 
 def logits(parameters: Any, x: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 MLX calls `cblas_sgemm`, and the first library in the global symbol scope that has it serves. This
 module imports MLX so that it looks for a symbol when it first calls it, and not before: until its
-first product `use_threads` can load the library that tools/openblas.py has put into the
+first product `load_openblas` can load the library that tools/openblas.py has put into the
 environment. So it must come before any other import of mlx.
 """
 
@@ -11,16 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-_flags = sys.getdlopenflags()
-sys.setdlopenflags(os.RTLD_LAZY)
-import mlx.core  # noqa: E402, F401
-
-sys.setdlopenflags(_flags)
-
 LIBRARY = Path(sys.prefix) / "lib" / "libopenblas-for-mlx.so"
 
 
-def use_threads(threads: int) -> str:
+def load_openblas(threads: int) -> str:
     """Multiply matrices on the CPU with this many threads, where OpenBLAS does it.
 
     One thread is held to one family of its kernels, Haswell on x86-64 with AVX2 and FMA, ARMV8 on

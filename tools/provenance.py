@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.errors import UserError
 from stages.shared.files import digest
 
@@ -84,7 +84,7 @@ def history() -> Iterator[tuple[str, str]]:
             yield f"{commit[:10]} {rest}", git("show", f"{commit}:dvc.lock")
 
 
-def tell(origin: Origin, commits: list[str]) -> Iterator[str]:
+def error_of(origin: Origin, commits: list[str]) -> Iterator[str]:
     """The lines about a file."""
     yield f"{origin.path}, made by {origin.stage}"
     yield from (f"  commit  {commit}" for commit in commits)
@@ -107,7 +107,7 @@ def main(file: Path) -> None:
     if not found:
         raise UserError(f"{file}: unknown: made from uncommitted changes, or elsewhere")
     for origin, commits in found:
-        print(*tell(origin, commits), sep="\n")
+        print(*error_of(origin, commits), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time the whole of `dvc repro`, and how time and memory of each stage grow with the data.
 
-Usage: python -m tests.bench.pipeline [ROUNDS]. The MNIST files must be in .downloads/.
+Usage: python -m bench.pipeline [ROUNDS]. The MNIST files must be in .downloads/.
 """
 
 import shutil
@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.common import row
 from stages.preprocess import RAW, decode_idx
-from tests.bench.common import row
 from tests.conftest import ROOT, STAGES, Project, clone, commit
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 5

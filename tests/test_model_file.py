@@ -13,13 +13,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from stages.model import Model, ModelParams
 from stages.shared.data import Split
 from stages.shared.errors import UserError
-from stages.shared.model import Model, ModelParams
+from stages.shared.model_file import Metadata, load_model, save_arrays, save_model
 from stages.shared.params import read_params
-from stages.shared.weights import Metadata, load_model, save_arrays, save_model
 from tests.conftest import ROOT, small_split
-from tests.hostile import JSON, damaged, refused
+from tests.faults.hostile import JSON, damaged, refused
 
 PARAMS = read_params("model", ModelParams, ROOT / "params.yaml")
 METADATA = Metadata(PARAMS, (4, 5), ("a", "b"), "a form")
@@ -56,7 +56,7 @@ def test_it_holds_the_parameters_as_mlx_has_them(saved: tuple[Model, Path]) -> N
     assert json.loads(entries["params"]) == msgspec.to_builtins(PARAMS)
     assert json.loads(entries["image_shape"]) == [4, 5]
     assert json.loads(entries["class_names"]) == ["a", "b"]
-    assert json.loads(entries["image_form"]) == "a form"
+    assert json.loads(entries["preprocessing"]) == "a form"
     again = METADATA.build()
     again.load_weights(str(path))
     assert mx.array_equal(logits(again), logits(model))
@@ -101,10 +101,10 @@ def test_mistakes(saved: tuple[Model, Path], tmp_path: Path) -> None:
 
 
 def test_data_of_another_kind_is_refused() -> None:
-    METADATA.refuse_other(Path("same.npz"), small_split(4, (4, 5), ("a", "b")))
+    METADATA.check_compatible(Path("same.npz"), small_split(4, (4, 5), ("a", "b")))
     for shape, names in (((5, 4), ("a", "b")), ((4, 5, 3), ("a", "b")), ((4, 5), ("b", "a"))):
         with pytest.raises(UserError) as error:
-            METADATA.refuse_other(Path("other.npz"), small_split(4, shape, names))
+            METADATA.check_compatible(Path("other.npz"), small_split(4, shape, names))
         assert str(error.value) == (
             f"other.npz: has images {shape} and classes {', '.join(names)}, but the network is for"
             " (4, 5) and a, b; make the splits from one data set"
@@ -115,7 +115,7 @@ def test_long_lists_of_classes_are_cut_short() -> None:
     names = tuple(f"{number} bottles of beer on the wall" for number in range(99))
     split = Split(np.zeros((0, 4, 5), np.uint8), np.zeros(0, np.uint8), names)
     with pytest.raises(UserError, match=r"classes 0 bottles.*, \.\.\. \(99\), but") as error:
-        METADATA.refuse_other(Path("other.npz"), split)
+        METADATA.check_compatible(Path("other.npz"), split)
     assert len(str(error.value)) < 300
 
 

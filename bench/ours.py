@@ -3,24 +3,23 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from stages.shared.blas import use_threads
-
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
+from bench.common import Config, run
+from stages.model import Model, ModelParams
 from stages.shared.augment import AugmentParams
 from stages.shared.data import load_split
-from stages.shared.model import Model, ModelParams
-from stages.shared.ranks import Ranks, Shards
-from stages.shared.scores import score
+from stages.shared.distributed import Ranks, Shards
+from stages.shared.metrics import score
+from stages.shared.openblas import load_openblas
 from stages.train import minibatches, step_fn, train_epoch
-from tests.bench.common import Config, run
 
 
 def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], float]]:
     mx.set_default_device(mx.cpu)
-    use_threads(config.threads)
+    load_openblas(config.threads)
     train_split, test_split = (load_split(Path(f"data/{name}.npz")) for name in ("train", "test"))
     mx.random.seed(0)
     params = ModelParams(num_layers=2, hidden_dim=config.hidden_dim, dropout=0.0)

@@ -8,7 +8,7 @@ import yaml
 from stages.shared.errors import UserError
 from stages.shared.files import digest
 from tests.conftest import ROOT, Project, commit
-from tools.whence import Origin, main, origins, params_of, stages_of
+from tools.provenance import Origin, main, origins, params_of, stages_of
 
 
 def head(project: Project) -> str:
@@ -17,7 +17,7 @@ def head(project: Project) -> str:
 
 def asked(project: Project, file: str, ok: bool = True) -> list[str]:
     """What the tool says about a file of any name."""
-    return project.run("python", "-m", "tools.whence", file, ok=ok).splitlines()
+    return project.run("python", "-m", "tools.provenance", file, ok=ok).splitlines()
 
 
 def described(project: Project, stage: str, commits: list[str]) -> list[str]:

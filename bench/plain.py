@@ -8,7 +8,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from tests.bench.common import Config, load, run
+from bench.common import Config, load, run
 
 
 class MLP(nn.Module):

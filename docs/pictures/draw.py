@@ -20,7 +20,7 @@ import vl_convert
 from PIL import Image
 
 from stages.shared.augment import AugmentParams, augment
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.data import Split, load_split
 from stages.shared.errors import UserError
 from stages.shared.files import atomic_write

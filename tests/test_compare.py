@@ -8,13 +8,13 @@ import shutil
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from stages.shared.weights import load_model, save_model
+from stages.shared.model_file import load_model, save_model
 from tests.conftest import ROOT, Project, commit
-from tools.reproduced import changes
+from tools.compare import changes
 
 
 def verdict(project: Project) -> str:
-    return project.run("python", "-m", "tools.reproduced").rstrip("\n")
+    return project.run("python", "-m", "tools.compare").rstrip("\n")
 
 
 def predicted(project: Project) -> list[str]:
@@ -112,7 +112,7 @@ def test_it_comes_after_dvc_repro() -> None:
     assert [re.findall("dvc repro|tools.[a-z]+", line) for line in recipe.splitlines()] == [
         ["tools.verify"],
         ["dvc repro", "tools.room"],
-        ["tools.reproduced"],
+        ["tools.compare"],
     ]
 
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from stages.shared.data import Split, load_split
-from stages.shared.weights import load_arrays
-from tests.conftest import ROOT, Project, clone, commit, small_split, tell
-from tests.test_docs import section, walk
+from stages.shared.model_file import load_arrays
+from tests.conftest import ROOT, Project, clone, commit, error_of, small_split
+from tests.docs.test_docs import section, walk
 
 pytestmark = pytest.mark.docs
 # Of the tests that a copy keeps all are collected, and these run: the quick ones, and what touches
@@ -154,11 +154,11 @@ def test_pictures(copy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.main()
     assert copy.results() == before
     (letters / "f/zz.png").write_text("not a picture")
-    assert tell(stage.main, copy, monkeypatch) == (
+    assert error_of(stage.main, copy, monkeypatch) == (
         "error: data/letters/f/zz.png: not a picture (UnidentifiedImageError); remove or replace it"
     )
     Image.new("RGB", (32, 20)).save(letters / "f/zz.png")
-    assert tell(stage.main, copy, monkeypatch) == (
+    assert error_of(stage.main, copy, monkeypatch) == (
         "error: data/letters/f/zz.png: is not 20 x 32 like the others; resize it"
     )
     Image.new("L", (20, 32)).save(letters / "f/zz.png")
@@ -166,11 +166,11 @@ def test_pictures(copy: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "MODE", "L")
     assert stage.read_pictures(letters).images.shape == (201, 32, 20)
     (letters / "empty").mkdir()
-    assert tell(stage.main, copy, monkeypatch) == (
+    assert error_of(stage.main, copy, monkeypatch) == (
         "error: data/letters/empty: has no pictures; put some there or delete it"
     )
     shutil.rmtree(letters)
-    assert tell(stage.main, copy, monkeypatch) == (
+    assert error_of(stage.main, copy, monkeypatch) == (
         "error: data/letters: has 0 folders; make 1 to 256, one for each class"
     )
     check_what_stays(copy, "own-data.md")
@@ -191,13 +191,13 @@ def test_arrays(copy: Project) -> None:
 
 def test_network(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     follow(finished, page("own-network.md").partition("\n## ")[0])
-    assert touched(finished) == {"stages/shared/model.py"}
+    assert touched(finished) == {"stages/model.py"}
     assert finished.repro() == ["train", "evaluate"]
     assert accuracy(finished) > 0.5
     weights, _ = load_arrays(finished.root / "data/model.safetensors")
     assert weights["convolutions.0.weight"].shape == (8, 3, 3, 1)
 
-    module = load(finished, "stages/shared/model.py", monkeypatch)
+    module = load(finished, "stages/model.py", monkeypatch)
     for image_shape in ((4, 4), (28, 28), (5, 31), (32, 20, 3)):
         model = module.Model(module.ModelParams(num_filters=2, dropout=0.5), image_shape, 7)
         assert model(mx.zeros((3, *image_shape))).shape == (3, 7)

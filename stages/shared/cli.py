@@ -23,11 +23,11 @@ def run(main: Callable[..., None], arguments: dict[str, dict[str, Any]] | None =
     for name, options in (arguments or {}).items():
         parser.add_argument(name, **options)
     values = vars(parser.parse_args())
-    if line := outcome(partial(main, **values)):
+    if line := error_line(partial(main, **values)):
         sys.exit(line)
 
 
-def outcome(main: Callable[[], None]) -> str | None:
+def error_line(main: Callable[[], None]) -> str | None:
     """Call `main`; return the line that tells why it ended early, None if it did not."""
     try:
         main()

@@ -1,6 +1,6 @@
 """Kill `dvc repro` at random moments, damage its files, and compare with an undisturbed run.
 
-Usage: python -m tests.drill [KILLS], 200 if not told otherwise; about 20 minutes on two cores.
+Usage: python -m tests.faults.drill [KILLS]; 200 by default, about 10 minutes.
 """
 
 import os
@@ -22,8 +22,8 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from tests import damage, disk
 from tests.conftest import Project, finish
+from tests.faults import damage, disk
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 VICTIMS = ("all", "DVC", "the stage")

@@ -1,6 +1,6 @@
 """Time our train loop against its peers: alternating processes, medians, ratios.
 
-Usage: python -m tests.bench.run PYTHON [ROUNDS], where PYTHON has the peers of requirements.txt.
+Usage: python -m bench.run PYTHON [ROUNDS], where PYTHON has the peers of requirements.txt.
 """
 
 import json
@@ -12,7 +12,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.bench.common import CONFIGS, CORES, row
+from bench.common import CONFIGS, CORES, row
 
 CONTENDERS = {
     "ours": (sys.executable, "this project's train loop"),
@@ -32,7 +32,7 @@ def measure(contender: str, config: str) -> dict[str, float]:
     """The figures of one process, with the seconds of all of it."""
     python, _ = CONTENDERS[contender]
     started = time.perf_counter()
-    printed = subprocess.check_output([python, "-m", f"tests.bench.{contender}", config], text=True)
+    printed = subprocess.check_output([python, "-m", f"bench.{contender}", config], text=True)
     figures: dict[str, float] = json.loads(printed.splitlines()[-1])
     if figures.pop("part") < 1:  # neither the process nor the accuracy is of whole epochs
         return {"seconds": figures["seconds"]}

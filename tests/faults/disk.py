@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests import damage
 from tests.conftest import Project
+from tests.faults import damage
 
 FAILED = re.compile(r"^make(\[\d+\])?: \*\*\*", re.MULTILINE)  # with a number below another make
 READ_ONLY = (".", "data", "metrics", ".dvc", ".dvc/cache", ".dvc/tmp", ".downloads", ".git")

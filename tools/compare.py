@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.errors import UserError
-from tools.whence import digests_of, git, params_of, stages_of
+from tools.provenance import digests_of, git, params_of, stages_of
 
 ACCURACY = "metrics/accuracy.json"
 MISTAKES = "metrics/mistakes.csv"  # all predictions, for the others are the labels

@@ -23,7 +23,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from stages.shared.data import save_split
-from stages.shared.ranks import Ranks, Shards
+from stages.shared.distributed import Ranks, Shards
 from stages.train import loss_fn
 from tests.conftest import ROOT, Project, commit, small_split
 
@@ -299,8 +299,8 @@ def test_slurm(project: Project) -> None:
 
 @pytest.mark.mpi
 def test_divergence_ends_all(project: Project) -> None:
-    with (project.root / "stages/shared/scores.py").open("a") as file:
-        file.write("to_pixels = lambda images: images.astype(mx.float32) * mx.nan\n")
+    with (project.root / "stages/shared/metrics.py").open("a") as file:
+        file.write("normalize = lambda images: images.astype(mx.float32) * mx.nan\n")
     line = (
         "error: params.yaml: train.learning_rate is 0.1, with which training diverges in epoch 1"
         " (loss nan); try a lower one"
@@ -319,7 +319,7 @@ def test_what_the_first_rank_cannot_write_ends_all(project: Project) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_bug_in_one_rank_ends_all(rank: int, project: Project) -> None:
     bug = "import os, time\n\n\ndef score(*_):\n    os.environ['PMIX_RANK'] == '{}' and 1 / 0\n"
-    with (project.root / "stages/shared/scores.py").open("a") as file:
+    with (project.root / "stages/shared/metrics.py").open("a") as file:
         file.write(f"{bug.format(rank)}    time.sleep(60)\n")
     printed = train(project, mpirun(2), ok=False)
     assert printed.count("ZeroDivisionError: division by zero") == 1
@@ -350,7 +350,7 @@ def hosts(project: Project) -> Hosts:
 
 
 def other_code(project: Project) -> None:
-    with (project.root / "stages/shared/model.py").open("a") as file:
+    with (project.root / "stages/model.py").open("a") as file:
         file.write("# a comment\n")
 
 

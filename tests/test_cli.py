@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared.command import run
+from stages.shared.cli import run
 from stages.shared.errors import UserError
 
 
@@ -60,7 +60,7 @@ def test_a_bug_keeps_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPat
 def test_nobody_reads_on(lines: int, tmp_path: Path) -> None:
     (tmp_path / "tool.py").write_text(
         f"""
-from stages.shared.command import run
+from stages.shared.cli import run
 
 def main():
     for _ in range({lines}):

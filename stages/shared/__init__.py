@@ -1,0 +1,1 @@
+"""What the stages share, one topic per module. A stage never imports another stage."""

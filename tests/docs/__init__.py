@@ -1,0 +1,1 @@
+"""Tests of what the README and docs/ claim. A copy of the project deletes them with docs/."""

@@ -1,0 +1,1 @@
+"""Kills, damaged files, full disks and hostile input."""

@@ -1,0 +1,3 @@
+"""Commands around the pipeline. `stages` comes first because it sets how MLX is loaded."""
+
+import stages as stages

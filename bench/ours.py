@@ -12,7 +12,7 @@ from stages.model import Model, ModelParams
 from stages.shared.augment import AugmentParams
 from stages.shared.data import load_split
 from stages.shared.distributed import Ranks, Shards
-from stages.shared.metrics import score
+from stages.shared.metrics import predict
 from stages.shared.openblas import load_openblas
 from stages.train import minibatches, step_fn, train_epoch
 
@@ -36,7 +36,7 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
         return 1.0
 
     def accuracy() -> float:
-        return score(model, test_split).accuracy
+        return predict(model, test_split).accuracy
 
     return epoch, accuracy
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stages.shared.cli import run
 from stages.shared.data import Split, load_split
 from stages.shared.files import atomic_write, save_csv, save_json
-from stages.shared.metrics import Predictions, score
+from stages.shared.metrics import Predictions, predict
 from stages.shared.model_file import load_model
 from stages.shared.openblas import load_openblas
 
@@ -67,7 +67,7 @@ def draw_mistakes(split: Split, scores: Predictions) -> Image.Image:
         page.paste(draw(split.images[example]), (left, top))
         actual, predicted = (
             f"{split.class_names[label]:.14}"
-            for label in (split.labels[example], scores.predictions[example])
+            for label in (split.labels[example], scores.predicted_labels[example])
         )
         caption = f"{actual}, predicted as\n{predicted} ({scores.confidences[example]:.2%})"
         pen.text((left, top + SIDE + 2), caption, "black", font, spacing=2)
@@ -80,7 +80,7 @@ def main() -> None:
     model, metadata = load_model(Path("data/model.safetensors"))
     test = load_split(TEST)
     metadata.check_compatible(TEST, test)
-    scores = score(model, test)
+    scores = predict(model, test)
     low, high = wilson_interval(int(scores.correct.sum()), len(test))
     accuracy = {
         "accuracy": scores.accuracy,
@@ -92,10 +92,10 @@ def main() -> None:
     of_class = {name: round(value, 4) for name, value in class_accuracies(test, scores).items()}
     save_json(METRICS / "classes.json", {"accuracy_of": of_class})
     names = np.array(test.class_names)
-    pairs = zip(names[test.labels], names[scores.predictions], strict=True)
+    pairs = zip(names[test.labels], names[scores.predicted_labels], strict=True)
     save_csv(METRICS / "confusion.csv", ("actual", "predicted"), pairs)
     wrong = np.flatnonzero(~scores.correct)  # few enough for Git
-    rows = zip(wrong, names[test.labels[wrong]], names[scores.predictions[wrong]], strict=True)
+    rows = zip(wrong, names[test.labels[wrong]], names[scores.predicted_labels[wrong]], strict=True)
     save_csv(METRICS / "mistakes.csv", ("example", "actual", "predicted"), rows)
     with atomic_write(METRICS / "misclassified.png") as file:
         draw_mistakes(test, scores).save(file, "PNG")

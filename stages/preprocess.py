@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from stages.shared.cli import run
 from stages.shared.data import Split, save_split
+from stages.shared.dvc_lock import check_recorded
 from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import map_file, verify
+from stages.shared.files import map_file
 from stages.shared.params import read_params
 
 DATA = Path("data")
@@ -86,7 +87,7 @@ def hold_out(count: int, size: int, seed: int) -> tuple[NDArray[np.intp], NDArra
 
 def main() -> None:
     params = read_params("preprocess", PreprocessParams)
-    verify(RAW)
+    check_recorded(RAW)
     labelled, test = read_raw(RAW, "train"), read_raw(RAW, "t10k")
     if params.validation_size >= len(labelled):
         raise UserError(

@@ -25,9 +25,10 @@ from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.shared.cli import run
 from stages.shared.data import Split, load_split, shuffled_indices
 from stages.shared.distributed import Ranks, Shards, in_ranks
+from stages.shared.dvc_lock import digest
 from stages.shared.errors import UserError
-from stages.shared.files import digest, save_csv, save_json
-from stages.shared.metrics import normalize, score
+from stages.shared.files import save_csv, save_json
+from stages.shared.metrics import normalize, predict
 from stages.shared.model_file import Metadata, save_model
 from stages.shared.openblas import load_openblas
 from stages.shared.params import read_params
@@ -176,7 +177,7 @@ def train(
                 f" diverges in epoch {epoch} (loss {train_loss:.4g}); try a lower one"
             )
         if len(validation_split):
-            scores = score(model, validation_split)
+            scores = predict(model, validation_split)
             yield EpochMetrics(epoch, train_loss, scores.loss, scores.accuracy)
         else:
             yield EpochMetrics(epoch, train_loss)
@@ -237,7 +238,7 @@ def main(ranks: Ranks) -> None:
     key = run_key((model_params, augment_params, params, kernels, data), ())
     history = [EpochMetrics(*row) for row in load_checkpoint(CHECKPOINT, key, model, optimizer)]
     if ranks.size > 1:
-        logits = score(model, train_split[: params.batch_size]).logits
+        logits = predict(model, train_split[: params.batch_size]).logits
         ranks.agree(
             {
                 "code or packages": run_key((), ()),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared.cli import run
+from stages.shared.cli import argument_parser, run
 from stages.shared.errors import UserError
 
 
@@ -82,14 +82,17 @@ run(main)
     assert (tool.returncode, tool.stderr) == (1, b"")
 
 
-def test_arguments_of_a_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_reach_main(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
 
     def main(files: list[str], fast: bool) -> None:
         found.append((files, fast))
 
+    parser = argument_parser("")
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--fast", action="store_true")
     monkeypatch.setattr("sys.argv", ["tool", "a", "b", "--fast"])
-    run(main, {"files": {"nargs": "+"}, "--fast": {"action": "store_true"}})
+    run(main, parser)
     assert found == [(["a", "b"], True)]
 
 

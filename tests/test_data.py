@@ -160,7 +160,7 @@ def test_files_that_are_not_a_split(tmp_path: Path) -> None:
 
     assert message() == "FILE: not found; make it with `dvc repro`"
     path.write_bytes(b"")
-    assert message() == "FILE: damaged (File is not a zip file); fix it with `make verify`"
+    assert message() == "FILE: damaged (File is not a zip file); repair it with `make repro`"
     np.savez(path, images=IMAGES, labels=LABELS)
     assert message() == "FILE: has no class_names.npy; it must hold images, labels, class_names"
     np.savez_compressed(path, images=IMAGES, labels=LABELS, class_names=np.array(["a", "b"]))
@@ -168,11 +168,11 @@ def test_files_that_are_not_a_split(tmp_path: Path) -> None:
     save_split(path, SPLIT)
     path.write_bytes(path.read_bytes().replace(IMAGES.tobytes(), IMAGES[::-1].tobytes()))
     checksum = "images.npy: its checksum is not the one it names"
-    assert message() == f"FILE: damaged ({checksum}); fix it with `make verify`"
+    assert message() == f"FILE: damaged ({checksum}); repair it with `make repro`"
     np.savez(path, images=IMAGES, labels=LABELS, class_names=np.array([None]))
     assert re.fullmatch(
         r"FILE: damaged \(class_names\.npy: \d+ bytes are not an array of object \(1,\)\); fix it"
-        " with `make verify`",
+        " with `make repro`",
         message(),
     )
 

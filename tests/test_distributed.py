@@ -318,7 +318,7 @@ def test_what_the_first_rank_cannot_write_ends_all(project: Project) -> None:
 @pytest.mark.mpi
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_bug_in_one_rank_ends_all(rank: int, project: Project) -> None:
-    bug = "import os, time\n\n\ndef score(*_):\n    os.environ['PMIX_RANK'] == '{}' and 1 / 0\n"
+    bug = "import os, time\n\n\ndef predict(*_):\n    os.environ['PMIX_RANK'] == '{}' and 1 / 0\n"
     with (project.root / "stages/shared/metrics.py").open("a") as file:
         file.write(f"{bug.format(rank)}    time.sleep(60)\n")
     printed = train(project, mpirun(2), ok=False)

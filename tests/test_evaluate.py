@@ -52,7 +52,7 @@ def scores(labels: list[int], predictions: list[int], confidences: list[float]) 
 
 def test_what_follows_from_the_logits() -> None:
     found = scores([0, 1, 2, 1], [0, 2, 2, 1], [0.9, 0.5, 0.8, 0.7])
-    assert found.predictions.tolist() == [0, 2, 2, 1]
+    assert found.predicted_labels.tolist() == [0, 2, 2, 1]
     assert found.confidences == pytest.approx([0.9, 0.5, 0.8, 0.7], abs=1e-6)
     assert found.correct.tolist() == [True, False, True, True]
     assert found.accuracy == 0.75

@@ -13,8 +13,9 @@ import mlx.core as mx
 import pytest
 
 from stages.shared.data import load_split, save_split
+from stages.shared.dvc_lock import check_recorded
 from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import atomic_write, save_csv, save_json, verify
+from stages.shared.files import atomic_write, save_csv, save_json
 from stages.shared.model_file import load_model, save_arrays
 from tests.conftest import SMALL, Project
 
@@ -129,19 +130,19 @@ def test_dvc_knows_what_a_stage_reads(finished: Project, monkeypatch: pytest.Mon
     monkeypatch.chdir(finished.root)
     model, train = Path("data/model.safetensors"), Path("data/train.npz")
     lines = {
-        model: f"{model}: damaged (it is not what dvc.lock names); fix it with `make verify`",
+        model: f"{model}: damaged (it is not what dvc.lock names); repair it with `make repro`",
         train: "data/train.npz: is not what data/train.npz.dvc names; get that with `dvc checkout"
         " --force data/train.npz`, or keep this with `dvc add data/train.npz`",
     }
     for path, line in lines.items():
-        verify(path)
+        check_recorded(path)
         path.unlink()
         path.write_bytes(Path("data/test.npz").read_bytes())
         with pytest.raises(UserError) as error:
-            verify(path)
+            check_recorded(path)
         assert str(error.value) == line
     monkeypatch.delenv("DVC_STAGE")
-    verify(model)  # a stage that somebody runs by hand may read anything
+    check_recorded(model)  # a stage that somebody runs by hand may read anything
 
 
 @pytest.mark.usefixtures("run_by_dvc")
@@ -155,10 +156,10 @@ def test_a_folder_is_known_by_the_list_of_its_files(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     finished.run("dvc", "add", "data/folder")
-    verify(folder)
+    check_recorded(folder)
     (folder / "b").unlink()
     with pytest.raises(UserError, match=r"is not what data/folder\.dvc names"):
-        verify(folder)
+        check_recorded(folder)
 
 
 def test_a_pipe_is_not_read(tmp_path: Path) -> None:
@@ -166,19 +167,19 @@ def test_a_pipe_is_not_read(tmp_path: Path) -> None:
         path = tmp_path / place
         path.parent.mkdir(exist_ok=True)
         os.mkfifo(path)
-        for read in (load_split, load_model, verify):
+        for read in (load_split, load_model, check_recorded):
             with pytest.raises(DamagedError, match="it is not a regular file"):
-                read(path if place == "pipe" or read != verify else path.parent)
+                read(path if place == "pipe" or read != check_recorded else path.parent)
 
 
 @pytest.mark.usefixtures("run_by_dvc")
 def test_without_a_record_there_is_nothing_to_compare_with() -> None:
     Path("file").write_text("")
-    verify(Path("file"))
+    check_recorded(Path("file"))
     Path("dvc.lock").write_text(json.dumps({"stages": {"one": {}}}))
-    verify(Path("file"))
-    verify(Path("missing"))
+    check_recorded(Path("file"))
+    check_recorded(Path("missing"))
     digest = md5(b"", usedforsecurity=False).hexdigest()
     outs = [{"path": "file", "md5": digest}]
     Path("dvc.lock").write_text(json.dumps({"stages": {"one": {"outs": outs}}}))
-    verify(Path("file"))
+    check_recorded(Path("file"))

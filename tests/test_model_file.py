@@ -82,20 +82,20 @@ def test_mistakes(saved: tuple[Model, Path], tmp_path: Path) -> None:
     assert message() == "FILE: not found; make it with `dvc repro`"
     path.write_bytes(b"junk")
     assert message() == (
-        "FILE: damaged ([load] Failed to read from python stream); fix it with `make verify`"
+        "FILE: damaged ([load] Failed to read from python stream); repair it with `make repro`"
     )
     mx.save_safetensors(str(path), {"weight": mx.zeros(3)})
     assert message() == (
-        "FILE: damaged (its SHA-256 is not the one it names); fix it with `make verify`"
+        "FILE: damaged (its SHA-256 is not the one it names); repair it with `make repro`"
     )
     entry = {"dtype": "U8", "shape": [999], "data_offsets": [0, 999]}
     header = json.dumps({str(number): entry for number in range(99)}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(999))
-    assert message() == "FILE: damaged (its arrays overlap); fix it with `make verify`"
+    assert message() == "FILE: damaged (its arrays overlap); repair it with `make repro`"
     rewrite(path, whole, image_shape=[20])
-    assert message().endswith(" - at `$.image_shape`); fix it with `make verify`")
+    assert message().endswith(" - at `$.image_shape`); repair it with `make repro`")
     rewrite(path, whole, params={})
-    assert message().endswith(" - at `$.params`); fix it with `make verify`")  # are missing
+    assert message().endswith(" - at `$.params`); repair it with `make repro`")  # are missing
     save_arrays(path, {"other": mx.zeros(3)}, msgspec.to_builtins(METADATA))
     assert message().startswith("FILE: damaged (")
 

@@ -21,7 +21,7 @@ from PIL import Image
 from stages.model import ModelParams
 from stages.shared.data import Split, load_split
 from stages.shared.errors import UserError
-from stages.shared.metrics import score
+from stages.shared.metrics import predict
 from stages.shared.model_file import Metadata, load_model
 from stages.shared.params import read_params
 from tests.conftest import ROOT, Project, small_split
@@ -98,10 +98,10 @@ def test_the_network_in_the_page_is_the_network(subject: Subject, tmp_path: Path
         found.push(predict(levels.subarray(n, n + {size})).map(p => +p.toFixed(6)))
       return found"""
     found = np.array(run_in(make_page(MODEL, model, metadata), script, tmp_path))
-    scores = score(model, split)
+    scores = predict(model, split)
     expected = np.array(mx.softmax(mx.array(scores.logits), axis=1))
     assert found.shape == expected.shape
-    assert (found.argmax(axis=1) == scores.predictions).all()
+    assert (found.argmax(axis=1) == scores.predicted_labels).all()
     assert abs(found - expected).max() < 1e-4
 
 
@@ -152,7 +152,7 @@ def test_a_drawn_digit_is_what_python_sees(subject: Subject, tmp_path: Path) -> 
     assert name == "digit.png"
     assert abs(np.array(picture).reshape(expected.shape) - expected).max() <= 3
     image = expected.astype(np.uint8)[None]
-    scores = score(model, Split(image, np.zeros(1, np.uint8), metadata.class_names))
+    scores = predict(model, Split(image, np.zeros(1, np.uint8), metadata.class_names))
     probabilities = np.array(mx.softmax(mx.array(scores.logits), axis=1))[0]
     assert bars == pytest.approx(probabilities.tolist(), abs=0.02)
     assert answer == f"This is a {metadata.class_names[np.argmax(bars)]}"

@@ -107,7 +107,7 @@ def test_main(
 
 
 def damage(problem: str) -> str:
-    return f"FILE: damaged ({problem}); fix it with `make verify`"
+    return f"FILE: damaged ({problem}); repair it with `make repro`"
 
 
 # A file in data/raw, what it holds instead, and what is said of it.
@@ -208,7 +208,7 @@ def test_damage_is_refused_when_dvc_runs_the_stage(
         line = error_of(preprocess.main, small, monkeypatch)
     finally:
         path.write_bytes(whole)
-    expected = "data/raw: damaged (it is not what dvc.lock names); fix it with `make verify`"
+    expected = "data/raw: damaged (it is not what dvc.lock names); repair it with `make repro`"
     assert line == f"error: {expected}"
 
 

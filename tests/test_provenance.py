@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from stages.shared.errors import UserError
-from stages.shared.files import digest
+from stages.shared.dvc_lock import digest
 from tests.conftest import ROOT, Project, commit
 from tools.provenance import Origin, main, origins, params_of, stages_of
 

@@ -20,7 +20,7 @@ from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
 from stages.shared.data import Split, save_split
 from stages.shared.distributed import Ranks, Shards
 from stages.shared.errors import UserError
-from stages.shared.metrics import score
+from stages.shared.metrics import predict
 from stages.shared.params import read_params
 from stages.train import EpochMetrics, TrainParams, loss_fn, minibatches, sgd, step_fn, train
 from tests.conftest import ROOT, SMALL, Project, error_of, small_split
@@ -209,7 +209,7 @@ def test_no_validation_split() -> None:
 def test_dropout_is_for_training_alone() -> None:
     model, optimizer = start(PARAMS, dropout=0.5)
     (*_, last) = train(model, optimizer, TRAIN, VALIDATION, PARAMS, UNDISTORTED, ALONE)
-    assert score(model, VALIDATION).loss == last.validation_loss
+    assert predict(model, VALIDATION).loss == last.validation_loss
     assert last.train_loss > trained(PARAMS)[1][-1].train_loss
 
 

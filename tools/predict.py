@@ -12,9 +12,10 @@ import io
 import json
 import sys
 import warnings
+from argparse import ArgumentParser
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -22,10 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from stages.model import Model
-from stages.shared.cli import run
+from stages.shared import cli
 from stages.shared.data import Split
 from stages.shared.errors import UserError
-from stages.shared.metrics import score
+from stages.shared.metrics import predict
 from stages.shared.model_file import Metadata, load_model
 from stages.shared.openblas import load_openblas
 
@@ -154,7 +155,7 @@ def check_supported(path: Path, metadata: Metadata) -> None:
 def answer(model: Model, metadata: Metadata, images: list[Pixels]) -> list[list[tuple[str, float]]]:
     """The classes with their probabilities for each image, the most probable first."""
     labels = np.zeros(len(images), np.uint8)  # which play no part
-    logits = score(model, Split(np.stack(images), labels, metadata.class_names)).logits
+    logits = predict(model, Split(np.stack(images), labels, metadata.class_names)).logits
     probabilities = np.array(mx.softmax(mx.array(logits), axis=1))
     return [
         [(metadata.class_names[label], float(row[label])) for label in order]
@@ -217,11 +218,18 @@ def main(files: list[str], model: Path, as_json: bool) -> None:
         sys.exit(1)
 
 
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "files": {"metavar": "IMAGE", "nargs": "+", "help": 'a picture; "-" is standard input'},
-    "--model": {"metavar": "FILE", "type": Path, "default": MODEL, "help": f"instead of {MODEL}"},
-    "--json": {"dest": "as_json", "action": "store_true", "help": "print an object a line"},
-}
+def argument_parser() -> ArgumentParser:
+    """Return the parser of the command line."""
+    parser = cli.argument_parser(__doc__)
+    parser.add_argument("files", metavar="IMAGE", nargs="+", help='"-" is standard input')
+    parser.add_argument(
+        "--model", metavar="FILE", type=Path, default=MODEL, help=f"instead of {MODEL}"
+    )
+    parser.add_argument(
+        "--json", dest="as_json", action="store_true", help="print one JSON object per line"
+    )
+    return parser
+
 
 if __name__ == "__main__":
-    run(main, ARGUMENTS)
+    cli.run(main, argument_parser())

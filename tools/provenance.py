@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from stages.shared.cli import run
+from stages.shared.cli import argument_parser, run
+from stages.shared.dvc_lock import digest
 from stages.shared.errors import UserError
-from stages.shared.files import digest
 
 
 class Origin(NamedTuple):
@@ -111,4 +111,6 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main, {"file": {"metavar": "FILE", "type": Path}})
+    parser = argument_parser(__doc__)
+    parser.add_argument("file", metavar="FILE", type=Path)
+    run(main, parser)

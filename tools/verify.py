@@ -20,8 +20,8 @@ from dvc.config import Config, ConfigError
 from dvc.utils import dict_sha256
 
 from stages.shared.cli import run
+from stages.shared.dvc_lock import digest
 from stages.shared.errors import UserError
-from stages.shared.files import digest
 from stages.shared.params import read_sections
 from tools.provenance import mapping
 

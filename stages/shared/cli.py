@@ -1,4 +1,7 @@
-"""How a stage runs and ends: a user's mistake in one line and exit code 1, a bug in a traceback."""
+"""Run a stage or a tool as a command line.
+
+An error that the user can fix ends in one line and exit code 1. A bug keeps its traceback.
+"""
 
 import argparse
 import os
@@ -6,39 +9,48 @@ import sys
 from collections.abc import Callable
 from errno import EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS
 from functools import partial
-from typing import Any
 
 from stages.shared.errors import UserError
 
+# What the machine refuses, and the user can allow: permissions, a full or a broken disk.
+MACHINE_ERRORS = (EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS)
 
-def run(main: Callable[..., None], arguments: dict[str, dict[str, Any]] | None = None) -> None:
-    """Run `main` as a command line, its module's docstring being the `--help`.
 
-    A stage has no arguments. Those of a tool have the options of `add_argument` and go to `main`.
-    """
-    parser = argparse.ArgumentParser(
-        description=sys.modules[main.__module__].__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose `--help` shows `description` as it is, such as a module's docstring."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, options in (arguments or {}).items():
-        parser.add_argument(name, **options)
-    values = vars(parser.parse_args())
-    if line := error_line(partial(main, **values)):
+
+
+def run(main: Callable[..., None], parser: argparse.ArgumentParser | None = None) -> None:
+    """Call `main` with the arguments that `parser` finds, and exit with 1 if it ends in an error.
+
+    Without a parser the command has no arguments, and its `--help` is its module's docstring.
+    """
+    parser = parser or argument_parser(sys.modules[main.__module__].__doc__)
+    arguments = vars(parser.parse_args())
+    if line := error_line(partial(main, **arguments)):
         sys.exit(line)
 
 
 def error_line(main: Callable[[], None]) -> str | None:
-    """Call `main`; return the line that tells why it ended early, None if it did not."""
+    """Call `main`. Return None if it succeeds, else the line that explains why it ended.
+
+    Any exception that the user cannot fix is raised again. If the reader of standard output has
+    gone, as with `| head`, the process exits with 1 and prints nothing.
+    """
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
         return f"error: {error}"
-    except BrokenPipeError:  # who reads what is printed, such as `head`, wants no more
+    except BrokenPipeError:
+        # Python flushes standard output again when it exits, so give it a place that accepts all.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS):
+        if error.errno not in MACHINE_ERRORS:
             raise
         return f"error: {error.filename or 'disk'}: {error.strerror}; fix that and rerun"
     except KeyboardInterrupt:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.shared.dvc_lock import check_recorded
 from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import atomic_write, map_file, verify
+from stages.shared.files import atomic_write, map_file
 
 NAMES = ("images", "labels", "class_names")  # of the arrays in a file; preprocessing may be there
 PART = 1 << 22  # bytes of images in memory at a time
@@ -114,7 +115,7 @@ def load_split(path: Path, *, may_be_empty: bool = False, in_random_order: bool 
     is short, `in_random_order` keeps the system from reading what is next. Raises `UserError` for a
     file that is missing, damaged or holds anything else.
     """
-    verify(path)
+    check_recorded(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if missing := {f"{name}.npy" for name in NAMES}.difference(archive.namelist()):

@@ -1,15 +1,15 @@
-"""The errors that end a stage in one line, for they are for its user to fix."""
+"""Errors that the user can fix. `stages.shared.cli` prints them as one line."""
 
 from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake that the user can fix, told in one line: file or key, problem, remedy."""
+    """A mistake that the user can fix, as one line: file or key, problem, remedy."""
 
 
 class DamagedError(UserError):
-    """A file that has other bytes than it should."""
+    """A file whose content is not what it should be."""
 
     def __init__(self, path: Path, problem: str | Exception) -> None:
         line = " ".join(str(problem).split())
-        super().__init__(f"{path}: damaged ({line:.200}); fix it with `make verify`")
+        super().__init__(f"{path}: damaged ({line:.200}); repair it with `make repro`")

@@ -1,4 +1,4 @@
-"""Score a network on a split: its logits, and what follows from them."""
+"""Run a network on a split, and compute the metrics of its predictions."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,54 +10,54 @@ from numpy.typing import NDArray
 
 from stages.shared.data import Split
 
-BATCH = 1000  # examples at a time, to bound memory; only last bits of logits depend on it
+BATCH_SIZE = 1000  # bounds the memory; only the last bits of the logits depend on it
 
 
 def normalize(images: mx.array) -> mx.array:
-    """Turn images, uint8 or float32 from 0 to 255, into float32 pixels in [0, 1]."""
+    """Scale images, uint8 or float32 from 0 to 255, to float32 pixels in [0, 1]."""
     return images.astype(mx.float32) / 255
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """How a network does on N examples: `logits` float32 (N, classes), `labels` uint8 (N,)."""
+    """The `logits`, float32 (N, classes), for N examples with `labels`, uint8 (N,)."""
 
     logits: NDArray[np.float32]
     labels: NDArray[np.uint8]
 
     @cached_property
     def loss(self) -> float:
-        """The mean cross entropy (nats)."""
+        """The mean cross entropy in nats."""
         losses = nn.losses.cross_entropy(mx.array(self.logits), mx.array(self.labels))
         return float(np.array(losses).mean(dtype=np.float64))
 
     @cached_property
-    def predictions(self) -> NDArray[np.uint8]:
-        """The labels of the greatest logits, uint8 (N,)."""
-        predictions: NDArray[np.uint8] = self.logits.argmax(axis=1).astype(np.uint8)
-        return predictions
+    def predicted_labels(self) -> NDArray[np.uint8]:
+        """The label of the largest logit of each example, uint8 (N,)."""
+        predicted: NDArray[np.uint8] = self.logits.argmax(axis=1).astype(np.uint8)
+        return predicted
 
     @cached_property
     def confidences(self) -> NDArray[np.float32]:
-        """The softmax probabilities of the predictions, float32 (N,)."""
+        """The softmax probability of each predicted label, float32 (N,)."""
         return np.array(mx.softmax(mx.array(self.logits), axis=1).max(axis=1))
 
     @cached_property
     def correct(self) -> NDArray[np.bool_]:
-        """Whether each prediction is the label, bool (N,)."""
-        return np.equal(self.predictions, self.labels)
+        """Whether each predicted label is the true one, bool (N,)."""
+        return np.equal(self.predicted_labels, self.labels)
 
     @property
     def accuracy(self) -> float:
-        """The correct predictions, counted, over all."""
+        """The fraction of correct predictions: an integer count over an integer count."""
         return int(self.correct.sum()) / len(self.correct)
 
 
-def score(model: nn.Module, split: Split) -> Predictions:
-    """Score a network on a split that is not empty, without dropout."""
+def predict(model: nn.Module, split: Split) -> Predictions:
+    """Run `model` in evaluation mode on a split of at least one example."""
     model.eval()
     logits = [
-        np.array(model(normalize(mx.array(split.images[start : start + BATCH]))))
-        for start in range(0, len(split), BATCH)
+        np.array(model(normalize(mx.array(split.images[start : start + BATCH_SIZE]))))
+        for start in range(0, len(split), BATCH_SIZE)
     ]
     return Predictions(np.concatenate(logits), split.labels)

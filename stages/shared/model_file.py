@@ -14,8 +14,9 @@ from msgspec import Meta, Struct
 
 from stages.model import Model, ModelParams
 from stages.shared.data import Split
+from stages.shared.dvc_lock import check_recorded
 from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import atomic_write, verify
+from stages.shared.files import atomic_write
 
 
 class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,7 +53,7 @@ def save_model(path: Path, model: nn.Module, metadata: Metadata) -> None:
 
 def load_model(path: Path) -> tuple[Model, Metadata]:
     """Read what `save_model` wrote. Raises `UserError` for a file that is missing or damaged."""
-    verify(path)
+    check_recorded(path)
     try:
         arrays, entries = load_arrays(path)
         metadata = msgspec.convert(entries, Metadata)

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from stages.shared.data import load_split
-from stages.shared.metrics import score
+from stages.shared.metrics import predict
 from stages.shared.model_file import load_model
 from stages.shared.params import read_params
 from tests.conftest import ROOT, Project, clone, commit, stale
@@ -228,7 +228,7 @@ def test_the_weights_elsewhere(package: str, data: str, finished: Project) -> No
         if package in re.findall(r"^import (\w+)", block, re.MULTILINE)[-1]
     )
     printed = Project(root, {}).run("python", "-c", code)
-    predictions = score(model, load_split(root / "data/test.npz")).predictions
+    predictions = predict(model, load_split(root / "data/test.npz")).predicted_labels
     assert ast.literal_eval(printed) == [metadata.class_names[label] for label in predictions]
 
 

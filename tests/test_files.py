@@ -1,4 +1,4 @@
-"""That a file appears whole or not at all, whatever stands in the way."""
+"""Files are written atomically, and unreadable or unwritable files give clear errors."""
 
 import os
 import resource
@@ -25,8 +25,18 @@ WRITERS: list[Callable[[Path], None]] = [
 
 
 @contextmanager
+def unchanged_file(folder: Path) -> Iterator[Path]:
+    """Yield a file, alone in `folder`; assert afterwards that neither it nor the folder changed."""
+    path = folder / "file"
+    path.write_text("before")
+    yield path
+    assert path.read_text() == "before"
+    assert list(folder.iterdir()) == [path]
+
+
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Let this process write no more than 1000 bytes of a file, its own log included."""
+    """Limit every file that this process writes to 1000 bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -36,47 +46,37 @@ def full_disk() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_failing_write_leaves_what_was_there(
-    write: Callable[[Path], None], tmp_path: Path
-) -> None:
-    path = tmp_path / "file"
-    path.write_text("before")
-    with full_disk(), pytest.raises(UserError) as error:
+def test_full_disk_keeps_the_old_file(write: Callable[[Path], None], tmp_path: Path) -> None:
+    pattern = r"/file: .*\(File too large\); .*rerun"
+    with unchanged_file(tmp_path) as path, full_disk(), pytest.raises(UserError, match=pattern):
         write(path)
-    assert str(error.value) == f"{path}: cannot be written (File too large); fix that and rerun"
-    assert path.read_text() == "before"
-    assert [left.name for left in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_bug_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("before")
-    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+def test_exception_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
+    with unchanged_file(tmp_path) as path, pytest.raises(KeyError), atomic_write(path) as file:
         file.write(b"half")
-        1 / 0  # noqa: B018
-    assert path.read_text() == "before"
-    assert [left.name for left in tmp_path.iterdir()] == ["file"]
+        raise KeyError
 
 
-def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("before")
-    (tmp_path / ".file.part").symlink_to(precious)
-    (tmp_path / "file").symlink_to(precious)
+def test_symbolic_links_are_replaced_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("before")
+    (tmp_path / ".file.part").symlink_to(target)
+    (tmp_path / "file").symlink_to(target)
     save_json(tmp_path / "file", 1)
-    assert precious.read_text() == "before"
+    assert target.read_text() == "before"
     assert (tmp_path / "file").read_text() == "1\n"
     assert not (tmp_path / "file").is_symlink()
 
 
-def test_csv(tmp_path: Path) -> None:
+def test_csv_format(tmp_path: Path) -> None:
     save_csv(tmp_path / "file", ("a", "b"), [(1, 0.123456789), (None, 'x"')])
     assert (tmp_path / "file").read_text() == 'a,b\n1,0.123457\n,"x"""\n'
 
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that anybody may enter, as only its owner may tmp_path."""
+    """A folder that every user may enter; tmp_path is open to its owner only."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -85,7 +85,7 @@ def open_folder() -> Iterator[Path]:
 
 @contextmanager
 def ordinary_user() -> Iterator[None]:
-    """Be nobody for a while if this is root, who may write anywhere."""
+    """Give up root's right to read and write everything, if this process runs as root."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -95,20 +95,19 @@ def ordinary_user() -> Iterator[None]:
         os.seteuid(user)
 
 
-def test_read_only_folder(open_folder: Path) -> None:
-    path = open_folder / "file"
-    path.write_text("before")
-    open_folder.chmod(0o555)
-    with ordinary_user(), pytest.raises(UserError, match="Permission denied"):
-        save_csv(path, ["number"], [])
-    assert path.read_text() == "before"
-    assert [left.name for left in open_folder.iterdir()] == ["file"]
+def test_read_only_folder_gives_an_error(open_folder: Path) -> None:
+    with unchanged_file(open_folder) as path:
+        open_folder.chmod(0o555)
+        with ordinary_user(), pytest.raises(UserError, match=r"/file: .*\(Permission denied\)"):
+            save_csv(path, ["number"], [])
 
 
 @pytest.mark.parametrize("read", [load_split, load_model])
-def test_a_file_that_may_not_be_read(read: Callable[[Path], object], open_folder: Path) -> None:
+def test_unreadable_file_is_not_called_damaged(
+    read: Callable[[Path], object], open_folder: Path
+) -> None:
     path = open_folder / "file"
     path.write_text("secret")
     path.chmod(0)
-    with ordinary_user(), pytest.raises(PermissionError):  # of which a stage makes one line
+    with ordinary_user(), pytest.raises(PermissionError):  # stages.shared.cli prints it as one line
         read(path)

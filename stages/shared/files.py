@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Write files atomically, and map files into memory."""
 
 import csv
 import io
@@ -15,33 +15,35 @@ from stages.shared.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open `path` for writing so that it appears, or changes, only when the block ends well.
+    """Open a temporary file that replaces `path` when the block ends without an exception.
 
-    Raises `UserError` when the disk is full or the folder may not be written.
+    Until then `path` keeps its content. Missing folders are created. Raises `UserError` if the
+    file cannot be written, for example because the disk is full.
     """
-    part = path.with_name(f".{path.name}.part")  # one fixed name: a killed run leaves no litter
+    # A fixed name: the next run overwrites what a killed run left behind.
+    temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-        with part.open("xb") as file:  # never through a link
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # "x" fails instead of following a symbolic link
             yield file
-        part.replace(path)
+        temporary.replace(path)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise UserError(f"{path}: cannot be written ({reason}); fix that and rerun") from None
     finally:
         with suppress(OSError):
-            part.unlink()
+            temporary.unlink()
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The bytes of a file, read when they are used. Raises `ValueError` if it is empty."""
+    """Map a file into memory, read-only. Raises `ValueError` if it is empty."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write `rows` under `header`, floats with six digits; None becomes an empty cell."""
+    """Write a CSV file: floats have six significant digits, None is an empty cell."""
     with atomic_write(path) as file, io.TextIOWrapper(file, newline="") as text:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(header)
@@ -50,6 +52,6 @@ def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]
 
 
 def save_json(path: Path, values: object) -> None:
-    """Write `values` as JSON, a line each."""
+    """Write `values` as JSON, indented by two spaces."""
     with atomic_write(path) as file:
         file.write(f"{json.dumps(values, indent=2)}\n".encode())

@@ -1,5 +1,6 @@
 """Files are written atomically, and unreadable or unwritable files give clear errors."""
 
+import locale
 import os
 import resource
 import tempfile
@@ -72,6 +73,16 @@ def test_symbolic_links_are_replaced_not_followed(tmp_path: Path) -> None:
 def test_csv_format(tmp_path: Path) -> None:
     save_csv(tmp_path / "file", ("a", "b"), [(1, 0.123456789), (None, 'x"')])
     assert (tmp_path / "file").read_text() == 'a,b\n1,0.123457\n,"x"""\n'
+
+
+def test_csv_is_utf8_in_any_locale(tmp_path: Path) -> None:
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        save_csv(tmp_path / "file", ("yés",), [])
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert (tmp_path / "file").read_bytes() == "yés\n".encode()
 
 
 @pytest.fixture

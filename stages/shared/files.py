@@ -44,7 +44,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Write a CSV file: floats have six significant digits, None is an empty cell."""
-    with atomic_write(path) as file, io.TextIOWrapper(file, newline="") as text:
+    with atomic_write(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(header)
         for row in rows:

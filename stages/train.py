@@ -222,7 +222,7 @@ def main(ranks: Ranks) -> None:
     params = read_params("train", TrainParams)
     select_device(params.device)
     kernels = load_openblas(params.threads)
-    train_split = load_split(TRAIN, in_random_order=True)
+    train_split = load_split(TRAIN, random_access=True)
     validation_split = load_split(VALIDATION, may_be_empty=True)
     names, form = train_split.class_names, train_split.preprocessing
     metadata = Metadata(model_params, train_split.image_shape, names, form)

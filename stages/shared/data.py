@@ -1,10 +1,7 @@
-"""A split of the data, the one form in which any data set reaches the training."""
+"""Labelled images: the form in which every data set reaches training and evaluation."""
 
 import math
-import mmap
-import struct
 import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,22 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.shared.dvc_lock import check_recorded
-from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import atomic_write, map_file
+from stages.shared.errors import UserError
+from stages.shared.files import atomic_write
+from stages.shared.mapped_npz import map_npz
 
-NAMES = ("images", "labels", "class_names")  # of the arrays in a file; preprocessing may be there
-PART = 1 << 22  # bytes of images in memory at a time
-GROUP = 1 << 26  # bytes of images that are shuffled together, more than MNIST has
-BLOCK = GROUP >> 8  # of those that stay together before that
+REQUIRED = ("images", "labels", "class_names")  # arrays in a file; "preprocessing" is optional
+WRITE_BYTES = 4 << 20  # of images, copied into memory at a time by `save_split`
+GROUP_BYTES = 64 << 20  # of images, shuffled as one group; all of MNIST is less
+BLOCK_BYTES = 256 << 10  # of neighbouring images, read from disk together into a group
 
 
 @dataclass(frozen=True)
 class Split:
-    """N examples: an image, its label, and what the labels mean.
+    """N labelled images: the examples for training, validation or test.
 
-    `images` are uint8 (N, rows, columns) or (N, rows, columns, channels), `labels` uint8 (N,), each
-    the place of a name in `class_names`. `preprocessing` says how a picture becomes such an image:
-    "mnist" as tools/predict.py does it, "" by scaling alone. Raises `ValueError` for anything else.
+    `images` are uint8 (N, rows, columns) or (N, rows, columns, channels). `labels` are uint8 (N,),
+    indices into `class_names`. `preprocessing` is the way to make such an image from a picture:
+    "mnist" crops and centres it as tools/predict.py does, "" only resizes it. Raises `ValueError`
+    for other dtypes, shapes, labels or names.
     """
 
     images: NDArray[np.uint8]
@@ -39,15 +38,11 @@ class Split:
     def __post_init__(self) -> None:
         images, labels, names = self.images, self.labels, self.class_names
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]:
-            raise ValueError(
-                f"images are {images.dtype} {images.shape}, must be uint8 (N, rows, columns) or"
-                " (N, rows, columns, channels)"
-            )
+            form = "uint8 (N, rows, columns) or (N, rows, columns, channels)"
+            raise ValueError(f"images are {images.dtype} {images.shape}, must be {form}")
         if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"labels are {labels.dtype} {labels.shape}, must be uint8 ({len(images)},) as"
-                f" there are {len(images)} images"
-            )
+            form = f"uint8 ({len(images)},) as there are {len(images)} images"
+            raise ValueError(f"labels are {labels.dtype} {labels.shape}, must be {form}")
         if not 0 < len(names) == len(set(names)) <= 256:
             raise ValueError(f"there are {len(names)} class names, must be 1 to 256 different ones")
         if len(labels) and labels.max() >= len(names):
@@ -56,9 +51,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, chosen: Any) -> "Split":
-        """The examples that an index of NumPy's chooses."""
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+    def __getitem__(self, indices: Any) -> "Split":
+        """Return the examples at `indices`, which is a slice, an array or a list."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -66,98 +61,70 @@ class Split:
         return self.images.shape[1:]
 
 
-def shuffled_indices(split: Split, random: np.random.Generator) -> NDArray[np.intp]:
-    """The places of all examples in random order, int64 (N,).
+def shuffled_indices(split: Split, rng: np.random.Generator) -> NDArray[np.intp]:
+    """Return the indices of all examples in random order, int64 (N,).
 
-    Above GROUP bytes, random blocks of neighbours make a group, which is shuffled. So the disk is
-    read a block at a time, and it is enough if a group fits into memory.
+    Images of more than GROUP_BYTES are shuffled in two steps: blocks of neighbouring images are put
+    in random order, then the images in each group of blocks. The disk is read by the block, and
+    only one group has to fit into memory.
     """
-    size = math.prod(split.image_shape)
-    group = max(1, GROUP // size)
-    block = len(split) if len(split) <= group else max(1, BLOCK // size)
-    starts = random.permutation(range(0, len(split), block))
-    order = (starts[:, None] + np.arange(block)).ravel()
-    order = order[order < len(split)]  # the last block may be shorter
-    for start in range(0, len(order), group):
-        random.shuffle(order[start : start + group])
-    return order
+    image_bytes = math.prod(split.image_shape)
+    group_size = max(1, GROUP_BYTES // image_bytes)
+    block_size = max(1, BLOCK_BYTES // image_bytes)
+    if len(split) <= group_size:
+        return rng.permutation(len(split))
+    block_starts = rng.permutation(range(0, len(split), block_size))
+    indices = (block_starts[:, None] + np.arange(block_size)).ravel()
+    indices = indices[indices < len(split)]  # the last block can be shorter
+    for start in range(0, len(indices), group_size):
+        rng.shuffle(indices[start : start + group_size])
+    return indices
 
 
-def save_split(path: Path, split: Split, chosen: NDArray[np.intp] | None = None) -> None:
-    """Write `split`, or the examples `chosen` of it, as `np.savez` does, a part at a time.
+def save_split(path: Path, split: Split, indices: NDArray[np.intp] | None = None) -> None:
+    """Write `split`, or its examples at `indices`, as an uncompressed .npz file.
 
-    The same examples give the same bytes.
+    The bytes are those of `np.savez`, but only WRITE_BYTES of images are in memory at a time. Equal
+    examples give equal bytes.
     """
-    if chosen is None:
-        chosen = np.arange(len(split))
-    rows = max(1, PART // math.prod(split.image_shape))
-    shape = (len(chosen), *split.image_shape)
-    others = {
-        "preprocessing": np.array(split.preprocessing),  # first, for damage could hide the last one
-        "labels": split.labels[chosen],
+    if indices is None:
+        indices = np.arange(len(split))
+    small_arrays = {
+        # First, because damage to the ZIP directory can hide the last array, and this is optional.
+        "preprocessing": np.array(split.preprocessing),
+        "labels": split.labels[indices],
         "class_names": np.array(split.class_names),
     }
+    images_per_write = max(1, WRITE_BYTES // math.prod(split.image_shape))
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, array in others.items():
+        for name, array in small_arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array)
         with archive.open("images.npy", "w", force_zip64=True) as member:
+            shape = (len(indices), *split.image_shape)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
-            for start in range(0, len(chosen), rows):
-                member.write(split.images[chosen[start : start + rows]].tobytes())
+            for start in range(0, len(indices), images_per_write):
+                member.write(split.images[indices[start : start + images_per_write]].tobytes())
 
 
-def load_split(path: Path, *, may_be_empty: bool = False, in_random_order: bool = False) -> Split:
-    """Map a split from the .npz at `path`, written by `save_split` or by `np.savez`.
+def load_split(path: Path, *, may_be_empty: bool = False, random_access: bool = False) -> Split:
+    """Map the split in the .npz file at `path`, written by `save_split` or by `np.savez`.
 
-    Its images stay on the disk until they are used, so it may be larger than the memory. Where that
-    is short, `in_random_order` keeps the system from reading what is next. Raises `UserError` for a
-    file that is missing, damaged or holds anything else.
+    The images stay on disk until they are used. `random_access` speeds up reading them in random
+    order if they do not fit into memory. Raises `UserError` if the file is missing, damaged, not a
+    split or, unless it `may_be_empty`, without examples.
     """
     check_recorded(path)
+    arrays = map_npz(path, random_access=random_access)
+    if missing := set(REQUIRED).difference(arrays):
+        raise UserError(f"{path}: has no {min(missing)}.npy; it must hold {', '.join(REQUIRED)}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if missing := {f"{name}.npy" for name in NAMES}.difference(archive.namelist()):
-                raise UserError(f"{path}: has no {min(missing)}; it must hold {', '.join(NAMES)}")
-            if any(member.compress_type for member in archive.infolist()):  # it cannot be mapped
-                raise UserError(f"{path}: is compressed; write it with np.savez")
-            pages = map_file(path)
-            file = memoryview(pages)
-            # All, for the name of one that may be missing could be damaged.
-            arrays = {name: _map_array(archive, file, name) for name in archive.namelist()}
-            if in_random_order:
-                pages.madvise(mmap.MADV_RANDOM)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; make it with `dvc repro`") from None
-    except (UserError, PermissionError):
-        raise
-    except Exception as error:  # zipfile and NumPy know a dozen kinds for damaged bytes
-        raise DamagedError(path, error) from None
-    try:
-        images, labels, class_names = (arrays[f"{name}.npy"] for name in NAMES)
-        form = "".join(map(str, arrays.get("preprocessing.npy", np.array("")).ravel()))
-        split = Split(images, labels, tuple(map(str, class_names.ravel())), form)
+        class_names = tuple(map(str, arrays["class_names"].ravel()))
+        preprocessing = "".join(map(str, arrays.get("preprocessing", np.array("")).ravel()))
+        split = Split(arrays["images"], arrays["labels"], class_names, preprocessing)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if not (len(split) or may_be_empty):
         raise UserError(f"{path}: has no examples; it needs some")
     return split
-
-
-def _map_array(archive: zipfile.ZipFile, file: memoryview, name: str) -> NDArray[Any]:
-    """The array in a member of `archive`, which is stored in `file` as the .npy that it is."""
-    member = archive.getinfo(name)
-    lengths = struct.unpack_from("<2H", file, member.header_offset + 26)  # of name and extra field
-    start = member.header_offset + 30 + sum(lengths)
-    npy = file[start : start + member.file_size]
-    if zlib.crc32(npy) != member.CRC:
-        raise ValueError(f"{name}: its checksum is not the one it names")
-    with archive.open(member) as stream:
-        np.lib.format.read_magic(stream)
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
-        data = npy[stream.tell() :]
-    # Nothing of no size, of which any number would fit.
-    if dtype.hasobject or not dtype.itemsize or math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError(f"{name}: {len(data)} bytes are not an array of {dtype} {shape}")
-    return np.ascontiguousarray(np.ndarray(shape, dtype, data, order="F" if by_columns else "C"))

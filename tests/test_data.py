@@ -212,6 +212,7 @@ NPY = st.builds(npy, HEADERS | st.text(), st.binary())
 @example(array("|S0", (1 << 13, 1 << 13), b"", fortran_order=True), LABEL, NAME, NAME)
 @example(array("|O", (), pickle.dumps(Payload())), LABEL, NAME, NAME)
 @example(pickle.dumps(Payload()), LABEL, NAME, NAME)
+@example(array("|u1", (1, 1, 1), b"\0"), LABEL, array("<U1", (1,), b"\xff" * 4), NAME)
 def test_arbitrary_arrays_are_rejected_or_a_split(
     folder: Path, images: bytes, labels: bytes, class_names: bytes, preprocessing: bytes
 ) -> None:

@@ -123,7 +123,7 @@ def load_split(path: Path, *, may_be_empty: bool = False, random_access: bool = 
         class_names = tuple(map(str, arrays["class_names"].ravel()))
         preprocessing = "".join(map(str, arrays.get("preprocessing", np.array("")).ravel()))
         split = Split(arrays["images"], arrays["labels"], class_names, preprocessing)
-    except ValueError as error:
+    except (SystemError, ValueError) as error:  # SystemError: a name is not valid Unicode
         raise UserError(f"{path}: {error}") from None
     if not (len(split) or may_be_empty):
         raise UserError(f"{path}: has no examples; it needs some")

@@ -1,12 +1,14 @@
-"""Distort the training images at random, so that the network sees none of them twice.
+"""Distort the training images at random, so that the network never sees the same image twice.
 
-Shift, rotation, scale and elastic distortion make one displacement field of each image, by which it
-is resampled once. After Simard, Steinkraus and Platt (2003), "Best practices for convolutional
-neural networks applied to visual document analysis", but for their noise at every pixel and blur: a
-coarse grid of noise between Gaussians takes two small matrix products.
+Shift, rotation, scale and elastic distortion add up to one displacement field per image: for each
+pixel, the offset of the position that its new value is taken from. So each image is resampled once.
 
-No last bit of a function of the C library counts, for machines differ in these: what comes of one
-is rounded further than that.
+The method is that of Simard, Steinkraus and Platt (2003), "Best practices for convolutional neural
+networks applied to visual document analysis", except for the elastic distortion. They blur noise
+that has a value at each pixel. Here the noise is a coarse grid, interpolated with Gaussians, which
+takes two small matrix products.
+
+libm results differ in the last bit between machines, so they are rounded before use.
 """
 
 import math
@@ -19,8 +21,8 @@ from msgspec import Meta, Struct
 from msgspec.structs import astuple
 from numpy.typing import NDArray
 
-GRID = 8  # numbers along each axis; on the 28 pixels of MNIST they are 4 apart
-DRAWN = 5 + 2 * GRID**2  # numbers for each image
+GRID = 8  # points of the noise along each axis; on the 28 pixels of MNIST they are 4 pixels apart
+NUMBERS_PER_IMAGE = 5 + 2 * GRID**2  # an angle, two factors, two shifts and two grids of noise
 
 
 class AugmentParams(Struct, frozen=True):
@@ -34,10 +36,11 @@ class AugmentParams(Struct, frozen=True):
 
 @cache
 def basis(size: int) -> mx.array:
-    """What a field is made of along an axis of `size` pixels, float32 (size, GRID + 2).
+    """Return the basis functions along an axis of `size` pixels, float32 (size, GRID + 2).
 
-    At each pixel: the Gaussian around each of the GRID points, which is as wide as they are apart,
-    scaled so that their squares sum to 1; a one; the pixel's distance from the centre.
+    The first GRID columns are Gaussians around the grid points, as wide as the points are apart.
+    At each pixel they are scaled so that their squares sum to 1. The last two columns are the
+    constant 1 and the distance from the centre in pixels.
     """
     pixels = np.arange(size) + 0.5
     distances = pixels[:, None] * ((GRID - 1) / size) - np.arange(GRID)
@@ -47,69 +50,80 @@ def basis(size: int) -> mx.array:
     return mx.array(np.concatenate(columns, axis=1).astype(np.float32))
 
 
-def draw(params: AugmentParams, count: int, random: np.random.Generator) -> NDArray[np.float32]:
-    """Draw the distortions of the next `count` images, float32 (count, 2, GRID + 2, GRID + 2).
+def sample_distortions(
+    params: AugmentParams, count: int, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Sample random distortions of `count` images, as coefficients of their displacement fields.
 
-    They weigh the products of the bases of the columns and of the rows in the displacements down
-    and to the right. Each image takes DRAWN numbers of `random` in turn, so they depend on its
-    place alone, however many are drawn at once.
+    The coefficients are float32 (count, 2, GRID + 2, GRID + 2), for the displacements down and to
+    the right. Coefficient [i, j] belongs to the product of basis function i along the columns and j
+    along the rows.
+
+    Each image takes the next NUMBERS_PER_IMAGE numbers of `rng`. So its distortion depends on how
+    many images were sampled before it, but not on `count`.
     """
-    uniform = 2 * random.random((count, DRAWN)) - 1
-    angles = math.radians(params.rotation) * uniform[:, 0]
+    uniform = 2 * rng.random((count, NUMBERS_PER_IMAGE)) - 1
+    angle, scale, shift, noise = np.split(uniform, [1, 3, 5], axis=1)
+    angles = math.radians(params.rotation) * angle[:, 0]
     cos, sin = np.round([np.cos(angles), np.sin(angles)], 4)
-    factors = 1 + params.scale * uniform[:, 1:3]  # of height and width
-    drawn = np.zeros((count, 2, GRID + 2, GRID + 2), np.float32)
-    # Uniform numbers of variance 1; a dozen of them weigh in at each pixel, nearly a normal one.
-    noise = params.elastic * math.sqrt(3) * uniform[:, 5:]
-    drawn[:, :, :GRID, :GRID] = noise.reshape(count, 2, GRID, GRID)
-    drawn[:, :, GRID, GRID] = params.shift * uniform[:, 3:5]
-    drawn[:, :, GRID, GRID + 1] = factors * np.stack([cos, sin], axis=1) - [1, 0]
-    drawn[:, :, GRID + 1, GRID] = factors * np.stack([-sin, cos], axis=1) - [0, 1]
-    return drawn
+    factors = 1 + params.scale * scale  # of height and width
+    # Uniform noise with a variance of 1. At each pixel about a dozen numbers add up, so the
+    # displacements have nearly a normal distribution.
+    noise = params.elastic * math.sqrt(3) * noise
+    coefficients = np.zeros((count, 2, GRID + 2, GRID + 2), np.float32)
+    coefficients[:, :, :GRID, :GRID] = noise.reshape(count, 2, GRID, GRID)
+    coefficients[:, :, GRID, GRID] = params.shift * shift
+    # The identity is subtracted, because these are displacements.
+    coefficients[:, :, GRID, GRID + 1] = factors * np.stack([cos, sin], axis=1) - [1, 0]
+    coefficients[:, :, GRID + 1, GRID] = factors * np.stack([-sin, cos], axis=1) - [0, 1]
+    return coefficients
 
 
-def displacements(drawn: mx.array, rows: int, columns: int) -> mx.array:
-    """The fields of what `draw` gives: float32 (N, 2, rows, columns), in pixels.
+def displacements(coefficients: mx.array, rows: int, columns: int) -> mx.array:
+    """Return the displacement fields of `coefficients`, float32 (N, 2, rows, columns), in pixels.
 
-    They say for each pixel how far below and right of it the image is taken from.
+    Each pixel gets the value that is so far below it and to its right.
     """
-    # A product an image: too small for OpenBLAS to wait for its threads, which the step may have.
-    return basis(rows) @ (basis(columns) @ drawn).swapaxes(2, 3)
+    # One small product per image, below OpenBLAS's threading threshold, so it does not compete with
+    # the training step.
+    return basis(rows) @ (basis(columns) @ coefficients).swapaxes(2, 3)
 
 
 def resample(images: mx.array, fields: mx.array) -> mx.array:
-    """Take each pixel from where `fields`, float32 (N, 2, rows, columns), displace it to.
+    """Return `images` displaced by `fields`, float32 of the same shape, from 0 to 255.
 
-    `images` are uint8 (N, rows, columns, ...), the result is float32 of the same shape, from 0 to
-    255: bilinear between pixels, zero outside.
+    `images` are uint8 (N, rows, columns, ...), `fields` are float32 (N, 2, rows, columns) in
+    pixels. Values between pixels are interpolated bilinearly. Outside of the image they are 0.
     """
     count, rows, columns, *channels = images.shape
-    # Zeros around it, at the end twice: for the last place to clip to, and the pixel after.
+    # Pad with zeros, twice at the end: positions are clipped to the first of these two, and
+    # interpolation also reads the pixel after a position.
     margins = [(0, 0), (1, 2), (1, 2), *[(0, 0)] * len(channels)]
     width = columns + 3
     padded = mx.pad(images.astype(mx.float32), margins).reshape(count, (rows + 3) * width, -1)
-    down = mx.clip(fields[:, 0] + mx.arange(1, rows + 1)[:, None], 0, rows + 1)
-    right = mx.clip(fields[:, 1] + mx.arange(1, columns + 1), 0, columns + 1)
-    top, left = down.astype(mx.int32), right.astype(mx.int32)
-    first = (top * width + left).reshape(count, -1, 1)
-    below, beside = (down - top).reshape(first.shape), (right - left).reshape(first.shape)
+    y = mx.clip(fields[:, 0] + mx.arange(1, rows + 1)[:, None], 0, rows + 1)
+    x = mx.clip(fields[:, 1] + mx.arange(1, columns + 1), 0, columns + 1)
+    top, left = y.astype(mx.int32), x.astype(mx.int32)
+    top_left = (top * width + left).reshape(count, -1, 1)  # indices into `padded`
+    y_weights, x_weights = (y - top).reshape(top_left.shape), (x - left).reshape(top_left.shape)
 
     def between(start: mx.array) -> mx.array:
-        """The values between the pixels at `start` and those right of them."""
+        """Interpolate between the pixels at the indices `start` and the pixels to their right."""
         value = mx.take_along_axis(padded, start, axis=1)
         next_value = mx.take_along_axis(padded, start + 1, axis=1)
-        return value + (next_value - value) * beside
+        return value + (next_value - value) * x_weights
 
-    upper = between(first)
-    return (upper + (between(first + width) - upper) * below).reshape(images.shape)
+    upper, lower = between(top_left), between(top_left + width)
+    return (upper + (lower - upper) * y_weights).reshape(images.shape)
 
 
-def augment(images: mx.array, params: AugmentParams, random: np.random.Generator) -> mx.array:
-    """Distort `images`, uint8 (N, rows, columns, ...), each anew: float32 from 0 to 255.
+def augment(images: mx.array, params: AugmentParams, rng: np.random.Generator) -> mx.array:
+    """Distort each of `images`, uint8 (N, rows, columns, ...), differently.
 
-    Without any distortion they are returned as they are.
+    Return float32 of the same shape, from 0 to 255. If all params are 0, return `images` unchanged
+    and take no numbers from `rng`.
     """
     if not any(astuple(params)):
         return images
-    drawn = mx.array(draw(params, len(images), random))
-    return resample(images, displacements(drawn, *images.shape[1:3]))
+    coefficients = mx.array(sample_distortions(params, len(images), rng))
+    return resample(images, displacements(coefficients, *images.shape[1:3]))

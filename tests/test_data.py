@@ -39,7 +39,7 @@ def same(one: Split, other: Split) -> bool:
 
 
 def save_arrays(path: Path, **changed: Any) -> None:
-    """Write the arrays of `SPLIT` with `np.savez`, except for those that are `changed`."""
+    """Write the arrays of `SPLIT` with `np.savez`, after replacing the `changed` arrays."""
     arrays = {"images": IMAGES, "labels": LABELS, "class_names": np.array(SPLIT.class_names)}
     np.savez(path, **{**arrays, **changed})
 

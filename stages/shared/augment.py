@@ -55,9 +55,9 @@ def sample_distortions(
 ) -> NDArray[np.float32]:
     """Sample random distortions of `count` images, as coefficients of their displacement fields.
 
-    The coefficients are float32 (count, 2, GRID + 2, GRID + 2), for the displacements down and to
-    the right. Coefficient [i, j] belongs to the product of basis function i along the columns and j
-    along the rows.
+    The coefficients are float32 (count, 2, GRID + 2, GRID + 2). Axis 1 is the direction of the
+    displacement: down, then right. The last two axes [i, j] belong to the product of basis function
+    i along the columns and basis function j along the rows.
 
     Each image takes the next NUMBERS_PER_IMAGE numbers of `rng`. So its distortion depends on how
     many images were sampled before it, but not on `count`.

@@ -84,8 +84,8 @@ def shuffled_indices(split: Split, rng: np.random.Generator) -> NDArray[np.intp]
 def save_split(path: Path, split: Split, indices: NDArray[np.intp] | None = None) -> None:
     """Write `split`, or its examples at `indices`, as an uncompressed .npz file.
 
-    The bytes are those of `np.savez`, but only WRITE_BYTES of images are in memory at a time. Equal
-    examples give equal bytes.
+    `np.savez` would write the same bytes, but here only WRITE_BYTES of images are in memory at a
+    time. Equal examples give equal bytes.
     """
     if indices is None:
         indices = np.arange(len(split))

@@ -152,6 +152,16 @@ def test_files_of_an_output_folder_are_verified(
     assert not listing.exists()
 
 
+def test_run_cache_keeps_params_in_scientific_notation(
+    finished: Project, output_of_verify: Verify
+) -> None:
+    """1e-05 is a number to DVC (YAML 1.2) and text to PyYAML (YAML 1.1)."""
+    finished.set(learning_rate=0.00001)
+    finished.repro()
+    assert "1e-05" in LOCK.read_text()
+    assert ALL_INTACT.fullmatch(output_of_verify())
+
+
 def test_nothing_is_touched_while_another_dvc_runs(output_of_verify: Verify) -> None:
     leftovers = leave_behind()
     process = {"pid": os.getpid(), "cmd": "dvc"}

@@ -1,38 +1,36 @@
-# Each target sets up .venv first if it is missing or older than requirements.txt.
-# PYTHON=python3.12 chooses the Python for it.
+# Each target first creates .venv if it is missing or older than requirements.txt.
+# PYTHON=python3.12 chooses the Python for .venv. This file works with GNU make 3.81 (macOS).
 
-.PHONY: help setup repro verify page test lint pictures bench lock
+.PHONY: help setup repro page test lint pictures bench lock
 
 help:
-	@echo "make setup     install the packages into .venv; the others do so if need be"
-	@echo "make repro     verify the outputs in dvc.lock, then bring every result up to date"
-	@echo "make verify    the same"
-	@echo "make page      write page.html, a page to draw digits on that holds the model"
+	@echo "make setup     install the locked packages into .venv (other targets do so if needed)"
+	@echo "make repro     check the outputs recorded in dvc.lock, then update every result"
+	@echo "make page      write page.html, a page to draw digits on that contains the model"
 	@echo "make test      run the tests"
 	@echo "make lint      check style, format and types"
-	@echo "make pictures  draw the pictures of the documents from the results"
-	@echo "make bench     time training against PyTorch, JAX and MLX as it comes, and the pipeline"
-	@echo "make lock      renew the locked versions from pyproject.toml"
+	@echo "make pictures  draw the pictures of the documentation from the results"
+	@echo "make bench     time training against PyTorch, JAX and plain MLX, and time the pipeline"
+	@echo "make lock      update the locked package versions from pyproject.toml"
 
-# The Pythons that the locked packages have wheels for.
+# The Python versions that the locked packages have wheels for.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 IN_PYTHON = $(if $(PYTHON), in $(PYTHON))
-# No bytecode: on a full disk Python would write a part of it, and later stop at that.
+# No bytecode: on a full disk Python would write a truncated file, and fail at it later.
 IN_VENV := PYTHONDONTWRITEBYTECODE=1 PATH="$(CURDIR)/.venv/bin:$$PATH"
-# Compiled at once: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each dvc command
-# would do it again, which takes 0.6 s.
+# Bytecode is compiled here. Where PYTHONDONTWRITEBYTECODE is set, as in many containers, each dvc
+# command would compile it again, which takes 0.6 s.
 INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python \
 	--require-hashes
 
 setup: .venv/installed
 
-# DVC takes its own files on trust, so they are verified first. The stages name the second target
-# as the remedy for damage; it is the same.
-repro verify: .venv/installed
+# DVC trusts files that it has written before, so they are checked first.
+repro: .venv/installed
 	@$(IN_VENV) python -m tools.verify
-	@$(IN_VENV) dvc repro || { $(IN_VENV) python -m tools.room; exit 1; }
+	@$(IN_VENV) dvc repro || { $(IN_VENV) python -m tools.verify --disk-space; exit 1; }
 	@$(IN_VENV) python -m tools.compare
 
 page: repro

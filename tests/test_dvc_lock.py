@@ -1,82 +1,111 @@
-"""That DVC's record of a file is what the stages read."""
+"""Reading dvc.lock, and checking that a stage reads what DVC recorded."""
 
 import json
 import os
-from hashlib import md5
 from pathlib import Path
 
 import pytest
 
 from stages.shared.data import load_split
-from stages.shared.dvc_lock import check_recorded
+from stages.shared.dvc_lock import Entry, check_recorded, digest, parse_lock, stages_of
 from stages.shared.errors import DamagedError, UserError
 from stages.shared.model_file import load_model
-from tests.conftest import Project
+from tests.conftest import ROOT, Project
+
+MD5 = "d41d8cd98f00b204e9800998ecf8427e"  # of an empty file
 
 
 @pytest.fixture
 def run_by_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be in a folder, as DVC's stage."""
+    """Run in an empty folder, with the environment of a stage that DVC runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "train")
 
 
-@pytest.mark.usefixtures("run_by_dvc")
-def test_dvc_knows_what_a_stage_reads(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs of a stage, and what `dvc add` tracks; each swapped for a file that is whole."""
-    monkeypatch.chdir(finished.root)
-    model, train = Path("data/model.safetensors"), Path("data/train.npz")
-    lines = {
-        model: f"{model}: damaged (it is not what dvc.lock names); repair it with `make repro`",
-        train: "data/train.npz: is not what data/train.npz.dvc names; get that with `dvc checkout"
-        " --force data/train.npz`, or keep this with `dvc add data/train.npz`",
-    }
-    for path, line in lines.items():
-        check_recorded(path)
-        path.unlink()
-        path.write_bytes(Path("data/test.npz").read_bytes())
-        with pytest.raises(UserError) as error:
-            check_recorded(path)
-        assert str(error.value) == line
-    monkeypatch.delenv("DVC_STAGE")
-    check_recorded(model)  # a stage that somebody runs by hand may read anything
+def lock_with(**stage: object) -> str:
+    return json.dumps({"schema": "2.0", "stages": {"train": stage}})
+
+
+def test_params_have_their_full_names() -> None:
+    params = {"params.yaml": {"train": {"seed": 0}, "flat.key": 3}, "other.yaml": {"key": [1]}}
+    (stage,) = parse_lock(lock_with(params=params)).values()
+    assert stage.named_params() == {"train.seed": 0, "flat.key": 3, "key": [1]}
+    committed = parse_lock((ROOT / "dvc.lock").read_bytes())
+    assert all("." in name for stage in committed.values() for name in stage.named_params())
+
+
+def test_unknown_keys_are_ignored() -> None:
+    url = {"path": "https://localhost/file", "hash": "md5", "checksum": "etag", "size": 9}
+    out = {"path": "data/raw", "md5": f"{MD5}.dir", "nfiles": 1, "isexec": True}
+    (stage,) = parse_lock(lock_with(cmd="python", deps=[url], outs=[out])).values()
+    assert stage.deps == [Entry("https://localhost/file", size=9)]
+    assert stage.outs == [Entry("data/raw", md5=f"{MD5}.dir")]
+
+
+def test_malformed_lock_has_no_stages() -> None:
+    conflict = "<<<<<<< HEAD\na: 1\n=======\na: 2\n>>>>>>> other\n"
+    outs = [{"md5": MD5}, {"path": "a", "md5": MD5[:30]}, {"path": "a", "md5": "../../file"}]
+    texts = [lock_with(outs=[out]) for out in outs]
+    for text in (*texts, conflict, "", "- 3", "stages:\n  train:\n", "stages: 2001-99-99"):
+        assert stages_of(text) == {}
+        with pytest.raises(ValueError, match=r"."):
+            parse_lock(text)
 
 
 @pytest.mark.usefixtures("run_by_dvc")
-def test_a_folder_is_known_by_the_list_of_its_files(
-    finished: Project, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("data/model.safetensors", r"damaged .*dvc\.lock.*`make repro`"),
+        ("data/train.npz", r"data/train.npz\.dvc.*`dvc checkout --force data.*`dvc add data.*`"),
+    ],
+)
+def test_stage_rejects_swapped_file(
+    path: str, message: str, finished: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against DVC's own digest of a folder with names that sort in odd ways."""
+    """The first file is the output of a stage, the second is tracked by `dvc add`."""
+    monkeypatch.chdir(finished.root)
+    check_recorded(Path(path))
+    Path(path).unlink()
+    Path(path).write_bytes(Path("data/test.npz").read_bytes())
+    with pytest.raises(UserError, match=rf"^{path}: .*{message}"):
+        check_recorded(Path(path))
+    monkeypatch.delenv("DVC_STAGE")
+    check_recorded(Path(path))  # a stage that the user runs may read any file
+
+
+@pytest.mark.usefixtures("run_by_dvc")
+def test_folder_digest_is_that_of_dvc(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the names depends on how they are compared."""
     monkeypatch.chdir(finished.root)
     folder = Path("data/folder")
     for name in ("b", "a b", "é", "a/b", "a.b", "a/c/d", "B"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     finished.run("dvc", "add", "data/folder")
+    assert digest(folder) in Path("data/folder.dvc").read_text()
     check_recorded(folder)
     (folder / "b").unlink()
-    with pytest.raises(UserError, match=r"is not what data/folder\.dvc names"):
+    with pytest.raises(UserError, match=r"^data/folder: .*data/folder\.dvc; .*`dvc add"):
         check_recorded(folder)
 
 
-def test_a_pipe_is_not_read(tmp_path: Path) -> None:
-    for place in ("pipe", "folder/pipe"):
-        path = tmp_path / place
-        path.parent.mkdir(exist_ok=True)
-        os.mkfifo(path)
-        for read in (load_split, load_model, check_recorded):
-            with pytest.raises(DamagedError, match="it is not a regular file"):
-                read(path if place == "pipe" or read != check_recorded else path.parent)
+def test_pipe_is_not_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "folder/pipe"
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)
+    for read in (load_split, load_model, check_recorded, lambda _: check_recorded(pipe.parent)):
+        with pytest.raises(DamagedError, match=r"pipe: damaged .*not a regular file.*`make repro`"):
+            read(pipe)
 
 
 @pytest.mark.usefixtures("run_by_dvc")
-def test_without_a_record_there_is_nothing_to_compare_with() -> None:
-    Path("file").write_text("")
+def test_file_without_record_is_accepted() -> None:
+    Path("file").touch()
     check_recorded(Path("file"))
-    Path("dvc.lock").write_text(json.dumps({"stages": {"one": {}}}))
-    check_recorded(Path("file"))
+    for stage in ({}, {"outs": [{"path": "other", "md5": "0" * 32}]}):
+        Path("dvc.lock").write_text(lock_with(**stage))
+        check_recorded(Path("file"))
     check_recorded(Path("missing"))
-    digest = md5(b"", usedforsecurity=False).hexdigest()
-    outs = [{"path": "file", "md5": digest}]
-    Path("dvc.lock").write_text(json.dumps({"stages": {"one": {"outs": outs}}}))
+    Path("dvc.lock").write_text(lock_with(outs=[{"path": "file", "md5": MD5}]))
     check_recorded(Path("file"))

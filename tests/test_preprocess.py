@@ -208,8 +208,8 @@ def test_damage_is_refused_when_dvc_runs_the_stage(
         line = error_of(preprocess.main, small, monkeypatch)
     finally:
         path.write_bytes(whole)
-    expected = "data/raw: damaged (it is not what dvc.lock names); repair it with `make repro`"
-    assert line == f"error: {expected}"
+    assert line.startswith("error: data/raw: damaged")
+    assert all(part in line for part in ("dvc.lock", "`make repro`"))
 
 
 def test_a_cold_run(small: Project, mirror: Mirror) -> None:

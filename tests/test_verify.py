@@ -1,6 +1,8 @@
-"""That `make repro` finds and repairs what DVC would not; the drill tries it on every file."""
+"""`make repro` finds and repairs damage that DVC would overlook. tests/faults tries every file."""
 
+import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +13,35 @@ import zc.lockfile
 from stages.shared.errors import UserError
 from tests.conftest import Project
 from tests.faults import disk
+from tests.faults.damage import cached_path
 from tools import verify
 
-WHOLE = "verified: every output in dvc.lock\n"
+RWLOCK = Path(".dvc/tmp/rwlock")
+LOCK = Path("dvc.lock")
+MODEL = Path("data/model.safetensors")
+CHECKPOINT = Path("data/checkpoint.safetensors")
+ALL_INTACT = re.compile(r"verified (\d+) of \1 outputs in dvc\.lock\n")
+OTHER_DVC = re.compile(r"note: another DVC .* nothing is verified .*\n")
+Verify = Callable[[], str]
 
 
 @pytest.fixture(autouse=True)
-def here(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_project(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished.root)
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    verify.main()
-    return capsys.readouterr().out
+@pytest.fixture
+def output_of_verify(capsys: pytest.CaptureFixture[str]) -> Verify:
+    def run() -> str:
+        capsys.readouterr()
+        verify.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def repaired(*names: str | Path) -> str:
+    return f"repaired (did not match dvc.lock): {', '.join(map(str, names))}\n"
 
 
 def cut(path: Path) -> None:
@@ -34,127 +51,151 @@ def cut(path: Path) -> None:
     path.chmod(mode)
 
 
-def test_all_is_well(finished: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    before = finished.results()
-    assert said(capsys) == WHOLE
-    assert finished.results() == before
-    assert finished.repro() == []
-
-
-def leave_behind() -> list[str]:
-    """What kills and mishaps leave."""
-    Path(".dvc/tmp/rwlock").write_text('{"write": {"data')
-    cut(Path("dvc.lock"))
-    Path("data/.model.safetensors.part").mkdir()
-    Path("data/.train.npz.tmp").write_text("half")
-    Path("metrics/.accuracy.json.tmp").write_text("")
-    Path("data/checkpoint.safetensors").mkdir()
-    entry = next(Path(".dvc/cache/runs").glob("*/*/*"))
+def leave_behind() -> list[str | Path]:
+    """Leave what killed runs and mishaps leave. Return it in the order of the message."""
+    RWLOCK.write_text('{"write": {"data')
+    hidden = [Path("data/.a.part"), Path("data/.b.tmp"), Path("metrics/.accuracy.json.tmp")]
+    for path in (CHECKPOINT, *hidden[:1]):
+        path.mkdir()
+    for path in hidden[1:]:
+        path.write_text("half")
+    entry = min(Path(".dvc/cache/runs").glob("*/*/*"))
+    cut(LOCK)
     cut(entry)
-    return [
-        ".dvc/tmp/rwlock",
-        "dvc.lock",
-        "data/.model.safetensors.part",
-        "data/.train.npz.tmp",
-        "metrics/.accuracy.json.tmp",
-        "data/checkpoint.safetensors",
-        str(entry),
-    ]
+    return [RWLOCK, LOCK, *hidden, CHECKPOINT, entry]
 
 
-def test_what_is_left_behind_is_repaired(
-    finished: Project, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_intact_project_stays_unchanged(finished: Project, output_of_verify: Verify) -> None:
     before = finished.results()
-    left = leave_behind()
-    assert said(capsys) == f"not as dvc.lock has it, and so made anew: {', '.join(left)}\n"
-    assert said(capsys) == WHOLE
+    assert ALL_INTACT.fullmatch(output_of_verify())
+    assert finished.results() == before
     assert finished.repro() == []
+
+
+def test_missing_outputs_are_not_called_verified(output_of_verify: Verify) -> None:
+    shutil.rmtree("data")
+    some = r"verified (\d+) of (?!\1)\d+ outputs in dvc\.lock; .*not here yet\n"
+    assert re.fullmatch(some, output_of_verify())
+    shutil.rmtree("metrics")
+    assert output_of_verify().startswith("nothing to verify")
+    LOCK.unlink()
+    assert output_of_verify().startswith("nothing to verify")
+
+
+def test_leftovers_of_a_kill_are_repaired(finished: Project, output_of_verify: Verify) -> None:
+    before = finished.results()
+    leftovers = leave_behind()
+    assert output_of_verify() == repaired(*leftovers)
+    assert ALL_INTACT.fullmatch(output_of_verify())
+    assert finished.repro() == []
+    assert finished.results() == before
+    LOCK.unlink()
+    assert len(finished.repro()) == 1  # would fail if the run-cache had an empty folder
     assert finished.results() == before
 
 
-def test_damage_in_the_cache_is_dropped(
-    finished: Project, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("hash: md5", "hash: me5"), ("size:", "sizf:"), ("path:", "qath:"), ("md5: ", "md5: x")],
+)
+def test_malformed_lock_is_restored(old: str, new: str, output_of_verify: Verify) -> None:
+    before = LOCK.read_text()
+    LOCK.write_text(before.replace(old, new, 1))
+    assert output_of_verify() == repaired(LOCK)
+    assert LOCK.read_text() == before
+
+
+def test_malformed_list_of_processes_is_removed(output_of_verify: Verify) -> None:
+    RWLOCK.write_text('{"write": {"data": {"cmd": "dvc"}}}')
+    assert output_of_verify() == repaired(RWLOCK)
+
+
+def test_pipes_do_not_block(output_of_verify: Verify) -> None:
+    paths = (RWLOCK, LOCK, CHECKPOINT, MODEL)
+    for path in paths:
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    assert output_of_verify() == repaired(*paths)
+
+
+def test_damaged_cache_object_is_removed(finished: Project, output_of_verify: Verify) -> None:
     before = finished.results()
-    model = Path("data/model.safetensors")
-    inside = verify.object_path(
-        Path(".dvc/cache"),
-        next(iter(verify.files_of(Path(".dvc/cache"), lock_entry(model)).values())),
-    )
-    cut(inside)
-    model.unlink()
-    line = f"not as dvc.lock has it, and so made anew: {model} in the cache\n"
-    assert said(capsys) == line
-    assert not inside.exists()
+    cached = cached_path(finished, str(MODEL))
+    cut(cached)
+    MODEL.unlink()
+    assert output_of_verify() == repaired(f"{MODEL} in the cache")
+    assert not cached.exists()
     finished.repro()
     assert finished.results() == before
 
 
-def lock_entry(path: Path) -> dict[str, str]:
-    stages = verify.read_yaml(verify.LOCK)["stages"].values()
-    outs = [out for stage in stages for out in stage["outs"]]
-    return next(out for out in outs if out["path"] == str(path))
+def test_files_of_an_output_folder_are_verified(
+    finished: Project, output_of_verify: Verify
+) -> None:
+    """dvc.lock has the digest of the list of files, which is in the cache."""
+    a, b, c = (Path("data/folder", name) for name in "abc")
+    a.parent.mkdir()
+    for path in (a, b, c):
+        path.write_text(path.name)
+    finished.run("dvc", "stage", "add", "--name=folder", "--outs=data/folder", "true")
+    finished.run("dvc", "commit", "--force", "folder")
+    assert ALL_INTACT.fullmatch(output_of_verify())
+    for path in (cached_path(finished, str(a)), b):
+        path.unlink()
+        path.write_text("other")
+    c.unlink()
+    c.symlink_to("nowhere")
+    assert output_of_verify() == repaired(f"{a} in the cache", b, c)
+    (listing,) = Path(".dvc/cache/files").glob("md5/*/*.dir")
+    cut(listing)
+    assert output_of_verify() == repaired("data/folder in the cache")
+    assert not listing.exists()
 
 
-def test_nothing_is_touched_while_another_dvc_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    leave_behind()
-    Path(".dvc/tmp/rwlock").write_text(
-        f'{{"write": {{}}, "read": {{"dvc.yaml": [{{"pid": {os.getpid()}, "cmd": "dvc"}}]}}}}'
-    )
-    note = "note: another DVC runs here; nothing is verified until it ends\n"
-    assert said(capsys) == note
-    Path(".dvc/tmp/rwlock").unlink()
-    lock = zc.lockfile.LockFile(".dvc/tmp/rwlock.lock")
-    assert said(capsys) == note
+def test_run_cache_keeps_params_in_scientific_notation(
+    finished: Project, output_of_verify: Verify
+) -> None:
+    """1e-05 is a number to DVC (YAML 1.2) and text to PyYAML (YAML 1.1)."""
+    finished.set(learning_rate=0.00001)
+    finished.repro()
+    assert "1e-05" in LOCK.read_text()
+    assert ALL_INTACT.fullmatch(output_of_verify())
+
+
+def test_nothing_is_touched_while_another_dvc_runs(output_of_verify: Verify) -> None:
+    leftovers = leave_behind()
+    process = {"pid": os.getpid(), "cmd": "dvc"}
+    for used in ({"read": {"dvc.yaml": [process]}}, {"write": {"data": process}}):
+        RWLOCK.write_text(json.dumps(used))
+        assert OTHER_DVC.fullmatch(output_of_verify())
+    RWLOCK.unlink()
+    lock = zc.lockfile.LockFile(f"{RWLOCK}.lock")
+    assert OTHER_DVC.fullmatch(output_of_verify())
     lock.close()
-    assert said(capsys) != note
-
-
-def empty(path: str) -> Callable[[], object]:
-    return lambda: Path(path).write_text("")
-
-
-def pipe() -> None:
-    Path("params.yaml").unlink()
-    os.mkfifo("params.yaml")
+    assert output_of_verify() == repaired(*leftovers[1:])
 
 
 @pytest.mark.parametrize(
-    ("mistake", "line"),
+    ("mistake", "message"),
     [
+        ("rm -r .git", r"\.git: .*`git init`"),
+        ("echo > dvc.yaml", r"dvc\.yaml: .*stages.*`git checkout dvc\.yaml`"),
+        (r"printf 'train:\n\tseed: 0\n' > params.yaml", r"params\.yaml: line 2: .+"),
+        ("echo [core > .dvc/config", r"\.dvc: .*\[core.*line 1.*`git checkout \.dvc/config`"),
         (
-            lambda: shutil.rmtree(".git"),
-            ".git: not found, and DVC needs it; run `git init`",
-        ),
-        (
-            empty("dvc.yaml"),
-            "dvc.yaml: has no stages; get it back with `git checkout dvc.yaml`",
-        ),
-        (
-            lambda: Path("params.yaml").write_text("train:\n\tseed: 0\n"),
-            "params.yaml: line 2: found character '\\t' that cannot start any token",
-        ),
-        (
-            lambda: Path(".dvc/config").write_text("[core"),
-            ".dvc: config file error: Invalid line ('[core') (matched as neither section nor"
-            " keyword) at line 1; fix its config or config.local, or `git checkout .dvc/config`",
-        ),
-        (
-            pipe,
-            "params.yaml: is not a regular file; `rm -r params.yaml` and `git checkout params.yaml`"
-            " bring it back",
+            "rm params.yaml; mkfifo params.yaml",
+            r"params\.yaml: .*regular file.*`rm -r params\.yaml`.*`git checkout params\.yaml`",
         ),
     ],
 )
-def test_where_dvc_could_not_work(mistake: Callable[[], object], line: str) -> None:
-    mistake()
+def test_mistake_that_stops_dvc_is_one_line(mistake: str, message: str, finished: Project) -> None:
+    finished.run("sh", "-c", mistake)
     with pytest.raises(UserError) as error:
         verify.main()
-    assert str(error.value) == line
+    assert re.fullmatch(message, str(error.value))
 
 
-def test_a_cache_elsewhere(
+def test_cache_may_be_in_another_folder(
     finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished.run("dvc", "cache", "dir", "--local", str(tmp_path / "cache"))
@@ -167,14 +208,23 @@ def test_a_cache_elsewhere(
     assert verify.cache_folder() == tmp_path / "shared"
 
 
-def test_a_full_disk_and_a_read_only_one(finished_once: Project, tmp_path: Path) -> None:
-    """The drill tries it at each write."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
+def test_full_disk_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify.main(disk_space=True)
+    assert capsys.readouterr().out == ""
+    usage = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    verify.main(disk_space=True)
+    note = r"note: \S+: .* 0\.0 MB free.* \d+\.\d MB; .* rerun\n"
+    assert re.fullmatch(f"({note}){{2}}", capsys.readouterr().out)  # the project and its cache
+
+
+def test_full_or_read_only_disk_loses_nothing(finished_once: Project, tmp_path: Path) -> None:
+    """The drill tries more folders and sizes."""
     try:
-        with disk.mounted(folder, "-t", "tmpfs", "-o", "size=30m", "tmpfs"):
-            root = shutil.copytree(finished_once.root, folder / "project", symlinks=True)
-            assert not disk.check_full(Project(root, {}), free=4096)
-            disk.check_read_only(Project(root, {}), ".dvc/cache")
+        with disk.on_small_disk(finished_once, tmp_path / "disk") as project:
+            assert not disk.check_full(project, free=4096)
+            disk.check_read_only(project, ".dvc/cache")
     except disk.CannotMountError as error:
         pytest.skip(f"no disk can be mounted here: {error}")

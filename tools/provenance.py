@@ -1,113 +1,72 @@
-"""Say where a file came from: the commits whose dvc.lock has it, by its digest.
+"""Show where a file came from: the commits whose dvc.lock records it, and what it was made from.
 
 The file is an output of the pipeline, or a copy of one under any name.
 """
 
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
 
 from stages.shared.cli import argument_parser, run
-from stages.shared.dvc_lock import digest
+from stages.shared.dvc_lock import Stage, digest, stages_of
 from stages.shared.errors import UserError
 
 
-class Origin(NamedTuple):
-    """What made a file: an output of a stage, from params and other files."""
-
-    path: str
-    stage: str
-    params: dict[str, Any]
-    upstream: dict[str, str]  # the digests of what the stage read, but for code
-
-
 def git(*arguments: str) -> str:
-    """What Git prints. Raises `UserError` where there is no repository."""
+    """Return the output of a Git command. Raise `UserError` if it fails."""
     done = subprocess.run(["git", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f".git: {' '.join(done.stderr.split()):.200}; run in a clone")
     return done.stdout
 
 
-def mapping(text: str | bytes) -> dict[str, Any]:
-    """The mapping that a YAML text holds; an empty one if it holds anything else."""
-    try:
-        found = yaml.load(text, yaml.CSafeLoader)
-    except (ValueError, yaml.YAMLError):  # as after a conflict
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def stages_of(lock: str) -> dict[str, dict[str, Any]]:
-    """The stages in the text of a dvc.lock; none if it is not whole."""
-    stages: dict[str, dict[str, Any]] = mapping(lock).get("stages", {})
-    return stages
-
-
-def params_of(stage: dict[str, Any]) -> dict[str, Any]:
-    """The params of a stage in a dvc.lock, by their full names."""
-    found: dict[str, Any] = {}
-    for sections in stage.get("params", {}).values():
-        for section, values in sections.items():
-            if isinstance(values, dict):
-                found |= {f"{section}.{name}": value for name, value in values.items()}
-            else:
-                found[section] = values
-    return found
-
-
-def digests_of(parts: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """The digests of deps or outs in a dvc.lock, by their paths."""
-    return {part["path"]: part.get("md5", "") for part in parts}
-
-
-def origins(lock: str, md5: str) -> Iterator[Origin]:
-    """The outputs with this digest in the text of a dvc.lock."""
-    for name, stage in stages_of(lock).items() if md5 in lock else ():
-        deps = digests_of(stage.get("deps", ()))
-        upstream = {path: md5 for path, md5 in deps.items() if not path.startswith("stages/")}
-        for path, found in digests_of(stage.get("outs", ())).items():
-            if found == md5:
-                yield Origin(path, name, params_of(stage), upstream)
-
-
 def history() -> Iterator[tuple[str, str]]:
-    """The commits of all branches that changed dvc.lock, a line each, with it; the newest first."""
-    all_but_dvcs_own = ("--exclude=refs/exps/apply/*", "--all")
-    log = git("log", *all_but_dvcs_own, "--full-history", "--format=%H %cs %s", "--", "dvc.lock")
-    for line in log.splitlines():
+    """Yield each commit that changed dvc.lock, on any branch, the newest first.
+
+    A commit is a line with its hash, date and subject, and the text of its dvc.lock.
+    """
+    without_applied_experiments = "--exclude=refs/exps/apply/*"
+    log = ["log", without_applied_experiments, "--all", "--full-history", "--format=%H %cs %s"]
+    for line in git(*log, "--", "dvc.lock").splitlines():
         commit, _, rest = line.partition(" ")
-        if git("ls-tree", commit, "dvc.lock"):  # else it was deleted there
+        if git("ls-tree", commit, "dvc.lock"):  # the commit did not delete it
             yield f"{commit[:10]} {rest}", git("show", f"{commit}:dvc.lock")
 
 
-def error_of(origin: Origin, commits: list[str]) -> Iterator[str]:
-    """The lines about a file."""
-    yield f"{origin.path}, made by {origin.stage}"
-    yield from (f"  commit  {commit}" for commit in commits)
-    yield from (f"  param   {name}: {value}" for name, value in origin.params.items())
-    yield from (f"  from    {path} {md5}" for path, md5 in origin.upstream.items())
+def format_origin(output: str, name: str, stage: Stage) -> tuple[str, ...]:
+    """Format one origin as printable lines: an output, then the params and inputs of its stage."""
+    inputs = [dep for dep in stage.deps if not dep.path.startswith("stages/")]  # data, not code
+    return (
+        f"{output}, made by {name}",
+        *(f"  param   {param}: {value}" for param, value in stage.named_params().items()),
+        *(f"  from    {dep.path} {dep.md5}" for dep in inputs),
+    )
+
+
+def origins_in(lock: str, md5: str) -> list[tuple[str, ...]]:
+    """Return the origins, as lines, of a file with this digest in the text of a dvc.lock."""
+    stages = stages_of(lock) if md5 in lock else {}  # to parse every dvc.lock would be slow
+    return [
+        format_origin(out.path, name, stage)
+        for name, stage in stages.items()
+        for out in stage.outs
+        if out.md5 == md5
+    ]
 
 
 def main(file: Path) -> None:
     if not file.exists():
         raise UserError(f"{file}: not found; name an output of the pipeline or a copy of one")
     md5 = digest(file)
-    found: list[tuple[Origin, list[str]]] = []
+    found: dict[tuple[str, ...], list[str]] = {}  # the commits per origin
     for commit, lock in history():
-        for origin in origins(lock, md5):
-            known = [commits for other, commits in found if other == origin]
-            if known:
-                known[0].append(commit)
-            else:
-                found.append((origin, [commit]))
+        for origin in origins_in(lock, md5):
+            found.setdefault(origin, []).append(commit)
     if not found:
-        raise UserError(f"{file}: unknown: made from uncommitted changes, or elsewhere")
-    for origin, commits in found:
-        print(*error_of(origin, commits), sep="\n")
+        problem = "unknown, because no commit's dvc.lock records it"
+        raise UserError(f"{file}: {problem}; commit dvc.lock if this clone made it")
+    for (output, *details), commits in found.items():
+        print(output, *(f"  commit  {commit}" for commit in commits), *details, sep="\n")
 
 
 if __name__ == "__main__":

@@ -4,48 +4,108 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import yaml
+import msgspec
 
 from stages.shared.errors import DamagedError, UserError
 
+LOCK = Path("dvc.lock")
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A dependency or an output, as it was when its stage ended."""
+
+    path: str
+    hash: Literal["md5"] = "md5"
+    # As `digest` returns it. It is empty for a dependency that is a URL.
+    md5: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32}(\.dir)?)?$")] = ""
+    size: int = 0  # bytes
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """The last run of a stage, or what `dvc add` wrote to a `.dvc` file."""
+
+    deps: list[Entry] = []
+    outs: list[Entry] = []
+    params: dict[str, dict[str, Any]] = {}  # per file: the values per section or full name
+
+    def named_params(self) -> dict[str, Any]:
+        """Return the params by their full names, such as train.seed."""
+        named: dict[str, Any] = {}
+        for sections in self.params.values():
+            for section, value in sections.items():
+                if isinstance(value, dict):
+                    named |= {f"{section}.{key}": inner for key, inner in value.items()}
+                else:
+                    named[section] = value
+        return named
+
+
+class Lock(msgspec.Struct, frozen=True):
+    """All of dvc.lock."""
+
+    stages: dict[str, Stage] = {}
+
+
+def parse_lock(text: str | bytes) -> dict[str, Stage]:
+    """Return the stages of a dvc.lock by name. Raise `ValueError` if `text` is malformed.
+
+    Keys that are not in the classes above are ignored.
+    """
+    lock: Lock = msgspec.yaml.decode(text, type=Lock)
+    return lock.stages
+
+
+def stages_of(text: str | bytes) -> dict[str, Stage]:
+    """Return the stages of a dvc.lock by name; none if `text` is malformed.
+
+    A merge conflict, for example, leaves a malformed dvc.lock.
+    """
+    try:
+        return parse_lock(text)
+    except ValueError:
+        return {}
+
 
 def check_recorded(path: Path) -> None:
-    """Raise `UserError` if `path` cannot be read to its end, or is not what DVC has recorded.
+    """Raise `UserError` if `path` is not a regular file or a folder of regular files.
 
-    The latter where DVC runs this stage: it hands out an object of its cache unread as long as that
-    is read-only, so one that was damaged or swapped would go unnoticed.
+    Raise it also if DVC runs this stage and recorded other content. DVC itself does not notice:
+    it does not read a file in its cache again as long as that file is read-only.
     """
     for found in (path, *path.rglob("*")):
         if os.path.lexists(found) and not (found.is_file() or found.is_dir()):
-            raise DamagedError(found, "it is not a regular file")  # a pipe would never end
-    record = Path(f"{path}.dvc")  # where `dvc add` tracks it
-    if not record.exists():
-        record = Path("dvc.lock")
-    if "DVC_STAGE" not in os.environ or not record.exists() or not path.exists():
+            raise DamagedError(found, "it is not a regular file")  # a pipe would block the reader
+    if "DVC_STAGE" not in os.environ or not path.exists():
         return
-    recorded = yaml.load(record.read_bytes(), yaml.CSafeLoader)
-    stages = recorded["stages"].values() if record.name == "dvc.lock" else [recorded]
-    outs = [out for stage in stages for out in stage.get("outs", ())]
-    digests = [out["md5"] for out in outs if Path(record.parent, out["path"]) == path]
-    if digests and digest(path) not in digests:
-        if record.name == "dvc.lock":
-            raise DamagedError(path, "it is not what dvc.lock names")
-        raise UserError(
-            f"{path}: is not what {record} names; get that with `dvc checkout --force {path}`, or"
-            f" keep this with `dvc add {path}`"
-        )
+    record = Path(f"{path}.dvc")  # written by `dvc add`
+    if record.exists():
+        outs = msgspec.yaml.decode(record.read_bytes(), type=Stage).outs
+    elif LOCK.exists():
+        record = LOCK
+        outs = [out for stage in parse_lock(LOCK.read_bytes()).values() for out in stage.outs]
+    else:
+        return
+    expected = [out.md5 for out in outs if record.parent / out.path == path]
+    if not expected or digest(path) in expected:
+        return
+    if record == LOCK:
+        raise DamagedError(path, "its MD5 is not the one in dvc.lock")
+    raise UserError(
+        f"{path}: its MD5 is not the one in {record}; restore the recorded content with `dvc"
+        f" checkout --force {path}`, or keep this content with `dvc add {path}`"
+    )
 
 
 def digest(path: Path) -> str:
-    """The MD5 of a file or, as DVC defines it, of the list of all files in a folder."""
+    """Return the MD5 of a file or, for a folder, the MD5 that DVC computes of its list of files.
+
+    A folder's digest ends in `.dir`.
+    """
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "md5").hexdigest()
-    files = {found.relative_to(path).as_posix(): found for found in path.rglob("*")}
-    listing = [
-        {"md5": digest(found), "relpath": name}
-        for name, found in sorted(files.items())
-        if found.is_file()
-    ]
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    listing = [{"md5": digest(file), "relpath": name} for name, file in sorted(files.items())]
     return f"{hashlib.md5(json.dumps(listing).encode()).hexdigest()}.dir"

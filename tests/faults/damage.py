@@ -1,4 +1,4 @@
-"""Damage each file that the pipeline or DVC reads, in each way and place, and see it made good."""
+"""Damage each file that the pipeline or DVC reads, in several ways, and check the repair."""
 
 import os
 import re
@@ -14,132 +14,129 @@ from tests.conftest import Project
 
 CHECKPOINT = "data/checkpoint.safetensors"
 DOWNLOADS = ".downloads"
-RUNS = ".dvc/cache/runs"  # stands for one file in it
-TEXTS = (".dvc/config", "params.yaml", "dvc.yaml")
+RUN_CACHE = ".dvc/cache/runs"  # as a damaged file: the first entry in it
+EDITABLE = (".dvc/config", "params.yaml", "dvc.yaml")
 KINDS = ("flipped", "cut", "emptied", "folder", "dangling link", "pipe")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A damaged file: `kind` says how. `place` is where: in the "workspace", as it is or "unseen"
-    (with its times as before), or in the "cache" (read-only, so that DVC does not look).
+    """A damaged file: its path, one of KINDS, and where its content is damaged.
+
+    The location is "workspace", "workspace, times kept", "cache" or "cache only". With its times
+    kept, and in the cache because it is read-only, DVC does not read the file again. "cache only"
+    means that the file is removed from the workspace.
     """
 
     file: str
     kind: str
-    place: str
+    location: str
 
     def __str__(self) -> str:
-        return f"{self.file} {self.kind} in {self.place}"
+        return f"{self.file} {self.kind} in {self.location}"
 
 
-def outputs(project: Project) -> list[str]:
-    """The files that dvc.lock names, those in folders too."""
-    stages = yaml.safe_load(project.read("dvc.lock"))["stages"]
-    paths = [project.root / out["path"] for stage in stages.values() for out in stage["outs"]]
-    files = [
-        file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])
-    ]
+def output_files(project: Project) -> list[str]:
+    """Return the output files in dvc.lock, including those in output folders."""
+    stages = yaml.safe_load(project.read("dvc.lock"))["stages"].values()
+    paths = [project.root / out["path"] for stage in stages for out in stage["outs"]]
+    folders = [path for path in paths if path.is_dir()]
+    files = [path for path in paths if path not in folders]
+    files += [file for folder in folders for file in sorted(folder.iterdir())]
     return [str(file.relative_to(project.root)) for file in files]
 
 
-def cached(project: Project, file: str) -> Path:
+def cached_path(project: Project, file: str) -> Path:
     digest = md5(project.read(file), usedforsecurity=False).hexdigest()
     return project.root / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
 
 
-def damages(project: Project) -> Iterator[Damage]:
-    for file in outputs(project):
+def all_damages(project: Project) -> Iterator[Damage]:
+    for file in output_files(project):
         for kind in KINDS:
             yield Damage(file, kind, "workspace")
-            if kind in KINDS[:2]:
-                yield Damage(file, kind, "workspace, unseen")
-            if cached(project, file).exists():
+            if kind in ("flipped", "cut"):
+                yield Damage(file, kind, "workspace, times kept")
+            if cached_path(project, file).exists():
                 yield Damage(file, kind, "cache")
-                yield Damage(file, kind, "cache, and gone from the workspace")
-    others = [*TEXTS, "dvc.lock", CHECKPOINT, RUNS]
-    kept = sorted((project.root / DOWNLOADS).glob("*/*"))
-    others += [str(path.relative_to(project.root)) for path in kept]
+                yield Damage(file, kind, "cache only")
+    downloads = sorted((project.root / DOWNLOADS).glob("*/*"))
+    others = [*EDITABLE, "dvc.lock", CHECKPOINT, RUN_CACHE]
+    others += [str(path.relative_to(project.root)) for path in downloads]
     for file in others:
         for kind in KINDS:
             yield Damage(file, kind, "workspace")
 
 
-def inflict(project: Project, damage: Damage) -> None:
+def apply_damage(project: Project, damage: Damage) -> None:
     path = project.root / damage.file
-    if damage.file == RUNS:
+    if damage.file == RUN_CACHE:
         path = min(path.glob("*/*/*"))
-    if damage.place.startswith("cache"):
-        path = cached(project, damage.file)
-        if "gone" in damage.place:
-            (project.root / damage.file).unlink()
-    whole = path.read_bytes() if path.exists() else b"checkpoint"
+    if damage.location.startswith("cache"):
+        path = cached_path(project, damage.file)
+    if damage.location == "cache only":
+        (project.root / damage.file).unlink()
     before = path.stat() if path.exists() else None
+    content = path.read_bytes() if path.exists() else b"checkpoint"
     path.unlink(missing_ok=True)
     if damage.kind == "folder":
         path.mkdir()
-        return
-    if damage.kind == "dangling link":
+    elif damage.kind == "dangling link":
         path.symlink_to("nowhere")
-        return
-    if damage.kind == "pipe":
+    elif damage.kind == "pipe":
         os.mkfifo(path)
-        return
-    # In a text that somebody may edit, the first byte of a key.
-    place = 0 if path.suffix == ".yaml" else min(999, len(whole) // 2)
-    path.write_bytes(
-        {
-            "flipped": whole[:place] + bytes((whole[place] ^ 1,)) + whole[place + 1 :],
-            "cut": whole[: len(whole) // 2],
-            "emptied": b"",
-        }[damage.kind]
-    )
-    if before:
-        path.chmod(before.st_mode)
-        if damage.place != "workspace":
-            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        # The first byte of a YAML file belongs to a key, so its change cannot be an edit.
+        index = 0 if path.suffix == ".yaml" else min(999, len(content) // 2)
+        flipped = content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :]
+        contents = {"flipped": flipped, "cut": content[: len(content) // 2], "emptied": b""}
+        path.write_bytes(contents[damage.kind])
+        if before:
+            path.chmod(before.st_mode)
+            if damage.location != "workspace":
+                os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def make(project: Project, ok: bool | None = True) -> str:
-    """Run `make repro` in a clone, with the environment of these tests for its .venv."""
-    return project.run("make", "--old-file=.venv/installed", "--eval=DVC := dvc", "repro", ok=ok)
+def make_repro(project: Project, ok: bool | None = True) -> str:
+    """Run `make repro` in a clone, with the packages of the environment that runs the tests."""
+    return project.run("make", "--old-file=.venv/installed", "repro", ok=ok)
 
 
-def check(project: Project, damage: Damage) -> None:
-    """Raise `AssertionError` unless `make repro` makes good of it, or names the file and a remedy.
+def check_repair(project: Project, damage: Damage) -> None:
+    """Raise `AssertionError` unless `make repro` repairs the damage, or names file and remedy.
 
-    What is wrong in params.yaml or dvc.yaml may also be what somebody wanted.
+    Damage to a file that users edit may also be an edit, so Git restores it here.
     """
     before = project.results()
-    inflict(project, damage)
-    printed = make(project, ok=None)
+    apply_damage(project, damage)
+    printed = make_repro(project, ok=None)
     assert "Traceback" not in printed, printed
     if damage.file == CHECKPOINT:
         project.run("python", "-m", "stages.train")
-    if damage.file == RUNS:
-        project.run("dvc", "repro", "--force")  # which makes another one
+    if damage.file == RUN_CACHE:
+        project.run("dvc", "repro", "--force")  # writes a new entry
     if damage.file.startswith(DOWNLOADS):
-        told = project.run("python", "-m", "stages.fetch", ok=None)
-        for line in re.findall("^error: .*$", told, re.MULTILINE):
+        fetched = project.run("python", "-m", "stages.fetch", ok=None)
+        for line in re.findall("^error: .*$", fetched, re.MULTILINE):
             assert damage.file in line
             project.run("rm", "-rf", damage.file)
         project.run("python", "-m", "stages.fetch")
-    if damage.file in TEXTS or project.results() != before:
+    if damage.file in EDITABLE or project.results() != before:
         remedy = f"rm -rf {damage.file}; git checkout {damage.file}"
-        if "error: " in printed or damage.file not in TEXTS:
+        if "error: " in printed or damage.file not in EDITABLE:
             (line,) = re.findall("^error: .*$", printed, re.MULTILINE)
             assert damage.file in line
             remedy = "; ".join(re.findall("`((?:git|rm) .*?)`", line)) or remedy
         project.run("bash", "-c", remedy)
-        make(project)
+        make_repro(project)
     assert project.results() == before
     assert project.run("git", "status", "--porcelain") == ""
 
 
-def check_all(project: Project, tried: list[Damage]) -> None:
-    """Raise `AssertionError` for the first of them that is not made good."""
-    for damage in tqdm(tried, mininterval=30, miniters=1):
+def check_repairs(project: Project, damages: list[Damage]) -> None:
+    """Raise `AssertionError` that names the first damage that is not repaired."""
+    for damage in tqdm(damages, mininterval=30, miniters=1):
         try:
-            check(project, damage)
+            check_repair(project, damage)
         except AssertionError as error:
             raise AssertionError(f"{damage}: {error}") from None

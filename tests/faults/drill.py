@@ -1,12 +1,11 @@
-"""Kill `dvc repro` at random moments, damage its files, and compare with an undisturbed run.
+"""Kill `dvc repro` at random moments, damage its files, fill its disk, and check the results.
 
-Usage: python -m tests.faults.drill [KILLS]; 200 by default, about 10 minutes.
+Usage: python -m tests.faults.drill [KILLS]. The default of 200 kills takes about 10 minutes.
 """
 
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,13 +26,18 @@ from tests.faults import damage, disk
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 VICTIMS = ("all", "DVC", "the stage")
-WORKERS = 2  # projects at a time
-TRIES = 50  # to come in time
 SITUATIONS = ("cold", "changed", "changed back", "dvc exp run")
+CASES = [
+    (situation, victim, sent)
+    for situation, victim, sent in product(SITUATIONS, VICTIMS, SIGNALS)
+    if (situation, victim) != ("changed back", "the stage")  # DVC takes it from its cache
+]
+WORKERS = 2  # projects at the same time
+MAX_ATTEMPTS = 50  # to send a signal before the run ends
 
 
 def prepare(project: Project, situation: str, seed: int) -> list[str]:
-    """Bring about a situation; return the command to run in it."""
+    """Bring the project into a situation. Return the command to kill in it."""
     if situation == "cold":
         return ["dvc", "repro", "--force"]
     if situation == "dvc exp run":
@@ -45,20 +49,21 @@ def prepare(project: Project, situation: str, seed: int) -> list[str]:
     return ["dvc", "repro"]
 
 
-def processes(group: int) -> Iterator[psutil.Process]:
-    """The processes of a group that still run."""
+def running_processes(group: int) -> Iterator[psutil.Process]:
+    """Yield the processes of a process group that still run."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
                 yield process
 
 
-def disturb(
-    project: Project, command: list[str], sign: signal.Signals, victim: str, seconds: float
+def run_and_kill(
+    project: Project, command: list[str], victim: str, sent: signal.Signals, seconds: float
 ) -> tuple[bool, str]:
-    """Run a command, signal one or all of its processes after `seconds`; return its output.
+    """Run a command and send a signal to `victim` after `seconds`.
 
-    And whether it was disturbed: it may have ended before, or there was no stage to kill.
+    Return whether the signal was sent, and the output. It is not sent if the command has ended,
+    or if the stage is the victim and none runs.
     """
     with tempfile.TemporaryFile("w+") as log:
         run = subprocess.Popen(
@@ -71,73 +76,73 @@ def disturb(
         )
         with suppress(subprocess.TimeoutExpired):
             run.wait(seconds)
-        stages = [process.pid for process in processes(run.pid) if process.pid != run.pid]
-        hit = run.returncode is None and (victim != "the stage" or bool(stages))
-        if hit and victim == "all":
-            os.killpg(run.pid, sign)
-        elif hit:
-            os.kill(run.pid if victim == "DVC" else stages[-1], sign)
+        stages = [process.pid for process in running_processes(run.pid) if process.pid != run.pid]
+        killed = run.returncode is None and (victim != "the stage" or bool(stages))
+        if killed and victim == "all":
+            os.killpg(run.pid, sent)
+        elif killed:
+            os.kill(run.pid if victim == "DVC" else stages[-1], sent)
         run.wait(60)
-        while list(processes(run.pid)):  # a stage without its DVC goes on to its end
+        while list(running_processes(run.pid)):  # a stage continues when only DVC is killed
             time.sleep(0.01)
         log.seek(0)
-        return hit, log.read()
+        return killed, log.read()
 
 
-def drill(project: Project, kills: int, seed: int) -> Counter[str]:
-    """Disturb `project`, which has finished a run, so many times.
+def clean_up(project: Project) -> bool:
+    """Do what Git and docs/reliability.md say after a kill. Return whether Git's lock was left."""
+    lock = project.root / ".git/index.lock"
+    was_left = lock.exists()
+    lock.unlink(missing_ok=True)
+    project.run("git", "reset", "--quiet")  # a killed `dvc exp run` may have staged its params
+    project.run("git", "checkout", "--quiet", "params.yaml")
+    return was_left
 
-    Returns how often what was hit; raises `AssertionError` for any lost or wrong result.
+
+def check_kills(project: Project, kills: int, seed: int) -> Counter[str]:
+    """Kill as many runs of `project`, which has finished one, and check the results after each.
+
+    Return what was killed and repaired, with counts. Raise `AssertionError` for a lost or wrong
+    result.
     """
-    undisturbed = project.results()
-    chance = random.Random(seed)
-    started = time.monotonic()
+    before = project.results()
+    rng = random.Random(seed)
+    start = time.monotonic()
     project.run("dvc", "repro", "--force")
-    duration = time.monotonic() - started
-    hits: Counter[str] = Counter()
-    cases = [
-        case
-        for case in product(SITUATIONS, VICTIMS, SIGNALS)
-        if case[:2] != ("changed back", "the stage")  # which comes from the cache
-    ]
-    chance.shuffle(cases)
-    for situation, victim, sign in tqdm(
-        list(islice(cycle(cases), kills)), mininterval=30, miniters=1
-    ):
-        for _ in range(TRIES):
-            command = prepare(project, situation, chance.randrange(1, 10_000))
-            share = 0.3 if situation == "changed back" else 1
-            seconds = chance.uniform(0.2, share * duration)
-            hit, printed = disturb(project, command, sign, victim, seconds)
-            lock = project.root / ".git/index.lock"  # of a killed Git, which says to remove it
-            hits["left behind, as Git says: .git/index.lock"] += lock.exists()
-            lock.unlink(missing_ok=True)
-            project.run("git", "reset", "--quiet")  # what a killed `dvc exp run` may have staged
-            project.run("git", "checkout", "--quiet", "params.yaml")
-            if hit:
+    duration = time.monotonic() - start
+    counts: Counter[str] = Counter()
+    cases = rng.sample(CASES, len(CASES))
+    for case in tqdm(list(islice(cycle(cases), kills)), mininterval=30, miniters=1):
+        situation, victim, sent = case
+        for _ in range(MAX_ATTEMPTS):
+            command = prepare(project, situation, rng.randrange(1, 10_000))
+            seconds = rng.uniform(0.2, duration * (0.3 if situation == "changed back" else 1))
+            killed, printed = run_and_kill(project, command, victim, sent, seconds)
+            counts["left behind, as Git says: .git/index.lock"] += clean_up(project)
+            if killed:
                 break
         else:
-            raise AssertionError((situation, victim, sign, printed))
-        if sign != signal.SIGKILL and victim != "DVC":
-            # Before main, while it starts, Python itself may tell of the interruption.
+            raise AssertionError((case, printed))
+        if sent != signal.SIGKILL and victim != "DVC":
+            # Python itself may print a traceback while it starts, before `main`.
             assert not re.search(r'stages/\w+\.py", line \d+, in main', printed), printed
-        stages = re.findall("Running stage '(.*)'", printed)
-        fixed = damage.make(project)
+        repaired = damage.make_repro(project)
         (project.root / damage.CHECKPOINT).unlink(missing_ok=True)  # of other params
-        assert project.results() == undisturbed, (situation, victim, sign, printed, fixed)
+        assert project.results() == before, (case, printed, repaired)
         assert project.run("git", "status", "--porcelain") == ""
-        hits[f"kills in {stages[-1] if stages else 'DVC before a stage'}"] += 1
-        hits[f"kills of {victim} by {sign.name}"] += 1
-        hits["trainings resumed"] += "resumed after epoch" in fixed
+        stages = re.findall("Running stage '(.*)'", printed)
+        counts[f"kills in {stages[-1] if stages else 'DVC before a stage'}"] += 1
+        counts[f"kills of {victim} by {sent.name}"] += 1
+        counts["trainings resumed"] += "resumed after epoch" in repaired
         for name in ("rwlock", "dvc.lock", ".tmp", ".part"):
-            hits[f"left behind and repaired: {name}"] += bool(
-                re.search(rf"^not as .*{re.escape(name)}(,|$)", fixed, re.MULTILINE)
+            counts[f"left behind and repaired: {name}"] += bool(
+                re.search(rf"^repaired .*{re.escape(name)}(,|$)", repaired, re.MULTILINE)
             )
-    return hits
+    return counts
 
 
 def main() -> None:
-    from tests.mnist import running_mirror, small_project  # gone where fetch is
+    from tests.mnist import running_mirror, small_project  # not in a copy without fetch
 
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     with (
@@ -150,19 +155,17 @@ def main() -> None:
             project.set(num_epochs=15)
             finish(project)
         shares = [len(range(n, kills, WORKERS)) for n in range(WORKERS)]
-        hits = sum(pool.map(drill, projects, shares, range(WORKERS)), Counter[str]())
-        for hit, count in sorted(hits.items()):
-            print(f"{count:4} {hit}", flush=True)
-        parts = [list(damage.damages(project))[n::WORKERS] for n, project in enumerate(projects)]
-        list(pool.map(damage.check_all, projects, parts))
-        print(f"{sum(map(len, parts)):4} damaged files, each refused or made good", flush=True)
-        small = Path(folder, "small")
-        small.mkdir()
+        counts = sum(pool.map(check_kills, projects, shares, range(WORKERS)), Counter[str]())
+        for name, count in sorted(counts.items()):
+            print(f"{count:4} {name}", flush=True)
+        damages = list(damage.all_damages(projects[0]))
+        parts = [damages[n::WORKERS] for n in range(WORKERS)]
+        list(pool.map(damage.check_repairs, projects, parts))
+        print(f"{len(damages):4} damaged files, each refused or repaired", flush=True)
         try:
-            with disk.mounted(small, "-t", "tmpfs", "-o", "size=30m", "tmpfs"):
-                root = shutil.copytree(project.root, small / "project", symlinks=True)
-                cases = disk.main(Project(root, project.extra))
-            print(f"{cases:4} runs on a full or read-only disk", flush=True)
+            with disk.on_small_disk(projects[0], Path(folder, "disk")) as project:
+                runs = disk.check_all(project)
+            print(f"{runs:4} runs on a full or read-only disk", flush=True)
         except disk.CannotMountError as error:
             print(f"no full or read-only disk: {error}", flush=True)
     print("nothing lost, nothing wrong")

@@ -1,4 +1,4 @@
-"""Bytes that nobody meant for a file: they give the right value or one line, in little memory."""
+"""Hostile input: each file must give the right value or one line, with little memory."""
 
 import io
 import resource
@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from stages.shared.errors import UserError
 
-MEMORY = 20_000_000  # bytes that a reader may take for the few of these tests
+MEMORY = 20_000_000  # bytes that a reader may use for these small files
 
 
 @contextmanager
 def refused(error_class: type[Exception] = UserError) -> Iterator[None]:
-    """Let the block end well or with one line, in little memory."""
+    """Check that the block succeeds, or raises an error of one line, with little memory."""
     before = peak_memory()
     try:
         yield
@@ -30,14 +30,14 @@ def refused(error_class: type[Exception] = UserError) -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has had so far."""
+    """Return the peak memory of this process in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """`whole` after a few changes of a few bytes each."""
+    """Draw a copy of `whole` with a few changes of a few bytes each."""
     data = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(data)))
@@ -54,7 +54,7 @@ JSON = st.recursive(
 
 
 def archive(**members: bytes) -> bytes:
-    """An uncompressed zip archive of .npy files."""
+    """Return an uncompressed zip archive of .npy files."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         for name, data in members.items():
@@ -63,13 +63,13 @@ def archive(**members: bytes) -> bytes:
 
 
 def npy(header: object, data: bytes) -> bytes:
-    """An .npy file with any header."""
+    """Return an .npy file with any header."""
     text = repr(header).encode()
     return b"\x93NUMPY\x01\0" + struct.pack("<H", len(text) % 2**16) + text + data
 
 
 class Payload:
-    """What a pickle would run."""
+    """An object whose pickle creates the folder `executed` when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.mkdir, (Path("executed"),)

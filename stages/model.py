@@ -1,6 +1,6 @@
-"""The network and its params: change this file for a network of your own.
+"""The network and its params. Change this file to train a network of your own.
 
-Everything else takes any `ModelParams` and any `Model` that is built and called as this one.
+Everything else accepts any `ModelParams` and any `Model` that is built and called like this one.
 """
 
 import math
@@ -21,9 +21,11 @@ class ModelParams(Struct, frozen=True):
 
 
 class Linear(nn.Linear):
-    """MLX's linear layer with its weight transposed, to float32 (inputs, outputs).
+    """A linear layer whose weight, float32 (inputs, outputs), is the transpose of `nn.Linear`'s.
 
-    The gradient of the weight then comes in the layout of the weight and need not be copied.
+    The gradient of this weight has the weight's own memory layout, so it need not be copied. With
+    `nn.Linear`, an epoch of the networks A, B and C of docs/speed.md took 1.02, 1.27 and 1.24 times
+    as long (2 cores, 5 alternating runs). The model file holds the transposed weights, too.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -46,9 +48,9 @@ class Model(nn.Module):
         self.layers = [Linear(inputs, outputs) for inputs, outputs in pairwise(sizes)]
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        """The logits, float32 (N, classes), of `pixels`, float32 (N, *image_shape) in [0, 1]."""
+        """Map `pixels`, float32 (N, *image_shape) in [0, 1], to logits, float32 (N, classes)."""
         activations = pixels.reshape(len(pixels), -1)
         for layer in self.layers[:-1]:
+            # Not `nn.relu`: MLX compiles it, which runs g++ on a Linux CPU.
             activations = self.dropout(mx.maximum(layer(activations), 0))
-        logits: mx.array = self.layers[-1](activations)
-        return logits
+        return self.layers[-1](activations)

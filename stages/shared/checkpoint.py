@@ -1,7 +1,6 @@
-"""Keep the progress of a training run, so that an interrupted one goes on where it stopped."""
+"""Save the progress of a training run, so that an interrupted run resumes after its last epoch."""
 
 import sys
-from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,51 +15,69 @@ from stages.shared.data import Split
 from stages.shared.model_file import load_arrays, save_arrays
 
 
-def run_key(choices: object, splits: Iterable[Split]) -> str:
-    """A digest of what the outcome of a run depends on: choices, data, code, MLX and NumPy.
+def config_hash(*params: object) -> str:
+    """Return the SHA-256 of the values of params."""
+    return sha256(repr(params).encode()).hexdigest()
 
-    The code is all that this process has imported from here.
-    """
-    mlx = mx.__version__  # type: ignore[attr-defined]
-    digest = sha256(f"{choices} {mlx} {np.__version__}".encode())
+
+def data_hash(*splits: Split) -> str:
+    """Return the SHA-256 of the images and labels of splits."""
+    digest = sha256()
     for split in splits:
         digest.update(repr(split.images.shape).encode())
         digest.update(split.images.data)
         digest.update(split.labels.data)
-    for path in sorted(_imported_code()):
-        digest.update(Path(path).read_bytes())
     return digest.hexdigest()
 
 
-def _imported_code() -> set[str]:
+def code_hash() -> str:
+    """Return the SHA-256 of this project's imported code and of the versions of MLX and NumPy."""
+    mlx = mx.__version__  # type: ignore[attr-defined]
+    digest = sha256(f"{mlx} {np.__version__}".encode())
+    for name, path in sorted(imported_files().items()):
+        digest.update(name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def imported_files() -> dict[str, Path]:
+    """Return the imported modules of the package `stages` and their files.
+
+    Their specs have the names, because the module that Python runs is called `__main__`.
+    """
     specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
     return {
-        spec.origin for spec in specs if spec and spec.origin and spec.name.startswith("stages.")
+        spec.name: Path(spec.origin)
+        for spec in specs
+        if spec and spec.origin and spec.name.split(".")[0] == "stages"
     }
 
 
 def save_checkpoint(
-    path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer, rows: list[Any]
+    path: Path, identity: dict[str, str], model: nn.Module, optimizer: optim.Optimizer, rows: Any
 ) -> None:
-    """Write all that the next epoch needs, and the `rows` of the history so far, to `path`."""
+    """Write what the next epoch needs and the history's `rows` to `path`.
+
+    `identity` holds everything that the result of the run depends on.
+    """
     state = {"model": model.parameters(), "optimizer": optimizer.state}
-    save_arrays(path, dict(tree_flatten(state)), {"key": key, "rows": rows})
+    save_arrays(path, dict(tree_flatten(state)), {"identity": identity, "rows": rows})
 
 
 def load_checkpoint(
-    path: Path, key: str, model: nn.Module, optimizer: optim.Optimizer
+    path: Path, identity: dict[str, str], model: nn.Module, optimizer: optim.Optimizer
 ) -> list[Any]:
-    """Put `model` and `optimizer` where a run with the same `key` stopped; return its rows.
+    """Restore `model` and `optimizer` from `path`; return the history's rows.
 
-    Without such a run, or if its checkpoint is damaged, all stays as it is and there are no rows.
+    Changes nothing and returns no rows if there is no checkpoint, if it is damaged, or if it is of
+    a run with another `identity`.
     """
-    if not path.is_file():  # nor a pipe, which would never end
+    if not path.is_file():  # a pipe would block
         return []
     try:
         arrays, entries = load_arrays(path)
     except ValueError:
         return []
-    if entries.get("key") != key:
+    if entries.get("identity") != identity:
         return []
     state = tree_unflatten(list(arrays.items()))
     model.update(state["model"])

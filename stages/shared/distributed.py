@@ -1,71 +1,97 @@
-"""Train in several processes, on one host or more, with the bits of one: MLX's engine over MPI.
+"""Train in several processes over MPI, bitwise identical to training in one process.
 
-`LAUNCHER="mpirun -np 2"` in the environment makes a stage start itself that way (docs/scale.md).
+dvc.yaml starts a stage with the launcher that the environment variable LAUNCHER names, such as
+`mpirun -np 2` (docs/scale.md). Each process, a rank, computes the gradients of its share of the
+shards of each minibatch. Rank 0 alone writes and prints.
 """
 
-import ctypes
 import io
 import json
+import math
 import os
-import shlex
-import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
-from functools import partial, wraps
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from stages.shared.cli import error_line
+from stages.shared.cli import argument_parser, error_line, run
 from stages.shared.errors import UserError
 
-EXIT_ALREADY_REPORTED = 3  # the exit code of a process that has said why it ends
+# Of Open MPI, of Slurm, and of MPICH, which MLX cannot use: `Ranks.join` rejects it.
+RANK_AND_SIZE = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+SECONDS_TO_END = 10.0  # for the launcher to end the other ranks after rank 0 has failed
 
-LossAndGrad = Callable[..., Any]
+LossAndGrad = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, Any]]
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return the number of this process and how many there are; (0, 1) without LAUNCHER.
+
+    The variables alone do not count: `srun --pty bash` sets them for an interactive shell, too.
+    """
+    if os.environ.get("LAUNCHER"):
+        for rank, size in RANK_AND_SIZE:
+            if os.environ.get(size):
+                return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
 
 
 class Ranks:
-    """The processes that a launcher has started, of which this is number `rank` of `size`."""
+    """The processes that LAUNCHER started: this one is number `rank` of `size`."""
 
     def __init__(self) -> None:
-        # Open MPI, Slurm and MPICH, the last to refuse it.
-        names = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE")
-        self.size = int(next(filter(None, map(os.environ.get, names)), 1))
-        names = ("OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
-        self.rank = int(next(filter(None, map(os.environ.get, names)), 0)) if self.size > 1 else 0
-        self.pairs: list[mx.distributed.Group] = []
-        self.joined = self.agreed = False
+        self.rank, self.size = rank_and_size()
+        self.joined = False
+        self.checked = False  # whether all ranks have passed `check_same_on_all_ranks`
+        self.reduction_groups: list[mx.distributed.Group] = []
 
     def join(self) -> None:
-        """Connect the processes. Raises `UserError` if they do not find each other."""
-        if sys.platform == "linux":  # where libmpi.so may be missing, or a linker's script
+        """Connect the ranks over MPI. Raises `UserError` if they do not find each other."""
+        if sys.platform == "linux":
+            # MLX looks for libmpi.so, which can be missing or a linker script.
             wheel = Path(sys.prefix) / "lib/libmpi.so.40"
             os.environ.setdefault("MLX_MPI_LIBNAME", str(wheel) if wheel.exists() else wheel.name)
         if not mx.distributed.is_available("mpi"):
-            raise UserError(
-                "LAUNCHER: MLX finds no Open MPI here; docs/scale.md says how to get it"
-            )
+            raise UserError("LAUNCHER: MLX finds no Open MPI; install it as docs/scale.md shows")
         self.group = mx.distributed.init(backend="mpi")
-        if self.group.size() != self.size:  # each would train by itself, and write
+        if self.group.size() != self.size:  # each group would train and write by itself
             raise UserError(
-                f"LAUNCHER: started {self.size} processes, of which {self.group.size()} found each"
+                f"LAUNCHER: started {self.size} processes, but only {self.group.size()} found each"
                 " other; use the mpirun of the same Open MPI, or srun --mpi=pmix"
             )
-        # In the group of each level a process and its partner add what 1, 2, 4, ... have summed up.
-        levels = range(self.size.bit_length() - 1)
-        self.pairs = [self.group.split(self.rank & ~(1 << level)) for level in levels]
+        # On level n, two ranks whose numbers differ in bit n add up the sums of 2**n ranks each.
+        for level in range(self.size.bit_length() - 1):
+            self.reduction_groups.append(self.group.split(self.rank & ~(1 << level)))
         self.joined = True
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each process has for `value`, in their order; all must call this."""
+    def check_same_on_all_ranks(self, facts: dict[str, str]) -> None:
+        """Raise the same `UserError` on all ranks unless all of them have the same `facts`.
+
+        A rank that has failed passes its line as the fact "error". All ranks must call this.
+        """
+        if self.size == 1:
+            return
+        facts_of_ranks = self._gather({"host": os.uname().nodename, **facts})
+        self.checked = True
+        problem = first_error(facts_of_ranks) or first_difference(facts_of_ranks)
+        if problem:
+            raise UserError(problem)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Return the `value` of each rank, as JSON can hold it. All ranks must call this."""
         data = np.frombuffer(json.dumps(value).encode(), np.uint8)
         sizes = np.array(self._all_gather(np.array([len(data)])))
         padded = np.pad(data, (0, sizes.max() - len(data)))
@@ -75,32 +101,79 @@ class Ranks:
     def _all_gather(self, values: Any) -> mx.array:
         return mx.distributed.all_gather(mx.array(values), group=self.group, stream=mx.cpu)
 
-    def agree(self, facts: dict[str, str]) -> None:
-        """Raise the same `UserError` everywhere unless all processes have the same `facts`.
 
-        A process that cannot go on has its "error" as a fact.
-        """
-        every = self.gather((os.uname().nodename, facts))
-        self.agreed = True
-        errors = [(facts.get("error"), host) for host, facts in every]
-        for error, host in errors:
-            if error:
-                alone = any(other != error for other, _ in errors)
-                raise UserError(f"{error} (on {host})" if alone else error)
-        first = every[0]
-        for name, fact in first[1].items():
-            for host, facts in every:
-                if facts[name] != fact:
-                    raise UserError(
-                        f"{host}: the {name} there and on {first[0]} differ; make them the same"
-                    )
+def first_error(facts_of_ranks: list[dict[str, str]]) -> str | None:
+    """Return the first error of a rank, with its host unless all ranks have the same error."""
+    errors = {facts.get("error") for facts in facts_of_ranks}
+    for facts in facts_of_ranks:
+        if "error" in facts:
+            return facts["error"] if len(errors) == 1 else f"{facts['error']} (on {facts['host']})"
+    return None
+
+
+def first_difference(facts_of_ranks: list[dict[str, str]]) -> str | None:
+    """Return a line about the first fact that is not the same on rank 0 and another rank."""
+    first, *others = facts_of_ranks
+    for name in first:
+        for facts in others:
+            if name != "host" and facts[name] != first[name]:
+                hosts = f"hosts {first['host']} and {facts['host']}"
+                return f"LAUNCHER: {name} differs between {hosts}; sync them and rerun"
+    return None
+
+
+def run_on_ranks(main: Callable[[Ranks], None]) -> None:
+    """Run `main` as a command line, in this process as one of those that LAUNCHER started."""
+    ranks = Ranks()
+    if ranks.size == 1:
+        run(partial(main, ranks), argument_parser(sys.modules[main.__module__].__doc__))
+    else:
+        run_one_rank(main, ranks)
+
+
+def run_one_rank(main: Callable[[Ranks], None], ranks: Ranks) -> None:
+    """Run `main` on one of several ranks. If any rank fails, end all of them with one line."""
+    try:
+        with redirect_stdout(io.StringIO() if ranks.rank else sys.stdout):
+            line = error_line(ranks.join)
+            if line is None:
+                line = error_line(partial(main, ranks))
+                line = line and agree_on(line, ranks)
+    except BaseException:  # a bug, which only this rank may have
+        end_all_ranks(traceback.format_exc())
+    if line is None:
+        return
+    if ranks.rank:
+        time.sleep(SECONDS_TO_END)  # rank 0 has the same line; the launcher ends this rank
+    end_all_ranks(line)
+
+
+def agree_on(line: str, ranks: Ranks) -> str:
+    """Return the line with which all ranks end, when this one ends with `line`.
+
+    Until `check_same_on_all_ranks`, the other ranks wait there for this one. Later they do not.
+    """
+    if ranks.checked:
+        return line
+    error = line.removeprefix("error: ")
+    return error_line(partial(ranks.check_same_on_all_ranks, {"error": error})) or line
+
+
+def end_all_ranks(text: str) -> NoReturn:
+    """Print `text` and exit at once, so that the launcher ends all ranks.
+
+    Hack: an orderly exit would hang, because MLX calls MPI_Finalize, which waits for all ranks.
+    """
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class Shards:
-    """The parts that each minibatch is cut into, whose gradients are added as a binary tree.
+    """The parts of each minibatch whose gradients are added up as a binary tree.
 
-    So the sum is the same to the last bit, however many processes take a share of them. With one
-    shard all is as if there were none. Raises `UserError` if the processes cannot share evenly.
+    The tree depends on the number of shards alone, so the sum is bitwise identical for any number
+    of ranks. Raises `UserError` if the ranks cannot share the shards evenly.
     """
 
     def __init__(self, count: int, ranks: Ranks) -> None:
@@ -111,129 +184,65 @@ class Shards:
             )
         share = count // ranks.size
         self.count = count
-        self.own = range(ranks.rank * share, (ranks.rank + 1) * share)
-        self.pairs = ranks.pairs
-        self.last = mx.array(0.0)  # that was summed over processes
+        self.local_shards = range(ranks.rank * share, (ranks.rank + 1) * share)
+        self.reduction_groups = ranks.reduction_groups
+        self.previous_sum = mx.array(0.0)
+        self.rng = np.random.default_rng()
 
     def seed(self, seed: int) -> None:
-        """Seed MLX's random numbers, which each shard of each step draws anew."""
+        """Seed the random numbers of MLX, such as those of dropout. Each shard has its own."""
         mx.random.seed(seed)
-        self.random = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed)
 
-    def sum(self, loss_and_grad_fn: LossAndGrad, model: nn.Module) -> LossAndGrad:
-        """Turn a loss-and-gradient function of a shard into one of the whole minibatch."""
+    def value_and_grad(self, model: nn.Module, loss_fn: Callable[..., mx.array]) -> LossAndGrad:
+        """Return what `nn.value_and_grad` would, computed shard by shard.
 
-        def of_all(pixels: mx.array, labels: mx.array) -> Any:
-            return loss_and_grad_fn(model, pixels, labels, len(labels))
+        `loss_fn(model, pixels, labels)` is a mean over examples.
+        """
 
-        def of_shards(pixels: mx.array, labels: mx.array) -> Any:
-            seeds = self.random.integers(2**64, size=self.count, dtype=np.uint64)
-            size = -(-len(labels) // self.count)
+        def weighted_loss_fn(
+            model: nn.Module, pixels: mx.array, labels: mx.array, weight: float
+        ) -> mx.array:
+            return loss_fn(model, pixels, labels) * weight
+
+        weighted_loss_and_grad_fn = nn.value_and_grad(model, weighted_loss_fn)
+
+        def loss_and_grad_fn(model: nn.Module, pixels: mx.array, labels: mx.array) -> Any:
+            seeds = self.rng.integers(2**64, size=self.count, dtype=np.uint64)
+            shard_size = math.ceil(len(labels) / self.count)
             terms: list[Any] = []
-            for shard in self.own:
-                part = slice(shard * size, (shard + 1) * size)
-                if shard * size < len(labels):
-                    mx.random.seed(int(seeds[shard]))
-                    terms.append(loss_and_grad_fn(model, pixels[part], labels[part], len(labels)))
-                else:  # of no examples, which MLX refuses
+            for shard in self.local_shards:
+                start = shard * shard_size
+                if start >= len(labels):  # MLX rejects a shard without examples
                     grads = tree_map(mx.zeros_like, model.trainable_parameters())
                     terms.append((mx.array(0.0), grads))
-            while len(terms) > 1:
-                pairs = zip(terms[::2], terms[1::2], strict=True)
-                terms = [tree_map(mx.add, *pair) for pair in pairs]
-            return self._add_up(terms[0])
+                    continue
+                x, y = pixels[start : start + shard_size], labels[start : start + shard_size]
+                mx.random.seed(int(seeds[shard]))
+                terms.append(weighted_loss_and_grad_fn(model, x, y, len(y) / len(labels)))
+            return self.all_reduce(tree_reduce(terms))
 
-        return of_all if self.count == 1 else of_shards
+        return loss_and_grad_fn
 
-    def _add_up(self, term: Any) -> Any:
-        """The sum of what all processes have, one array after another in the same order in each."""
+    def all_reduce(self, term: Any) -> Any:
+        """Return the sum of the trees of arrays `term` over all ranks.
 
-        def add(pair: mx.distributed.Group, array: mx.array) -> mx.array:
-            (array,) = mx.depends([array], [self.last])
-            self.last = mx.distributed.all_sum(array, group=pair, stream=mx.cpu)
-            return self.last
+        Each sum waits for the previous one, so all ranks call MPI in the same order.
+        """
 
-        for pair in self.pairs:
-            term = tree_map(partial(add, pair), term)
+        def add(group: mx.distributed.Group, array: mx.array) -> mx.array:
+            (array,) = mx.depends([array], [self.previous_sum])
+            self.previous_sum = mx.distributed.all_sum(array, group=group, stream=mx.cpu)
+            return self.previous_sum
+
+        for group in self.reduction_groups:
+            term = tree_map(partial(add, group), term)
         return term
 
 
-def in_ranks(last: Path) -> Callable[[Callable[[Ranks], None]], Callable[[], None]]:
-    """Let a stage's `main`, which writes `last` at its end, be one of the processes of LAUNCHER."""
-
-    def decorate(main: Callable[[Ranks], None]) -> Callable[[], None]:
-        @wraps(main)
-        def start() -> None:
-            ranks, launcher = Ranks(), os.environ.get("LAUNCHER", "")
-            if ranks.size > 1:
-                _run_one(main, ranks)
-            elif shlex.split(launcher):
-                spec = sys.modules[main.__module__].__spec__
-                assert spec
-                _launch(launcher, spec.name, last)
-            else:
-                main(ranks)
-
-        return start
-
-    return decorate
-
-
-def _run_one(main: Callable[[Ranks], None], ranks: Ranks) -> None:
-    """Run `main` as one of several processes, the first of which speaks for all."""
-    try:
-        with redirect_stdout(io.StringIO() if ranks.rank else sys.stdout):
-            line = error_line(ranks.join) or error_line(partial(main, ranks))
-            if line and ranks.joined and not ranks.agreed:
-                error = line.removeprefix("error: ")
-                line = error_line(partial(ranks.agree, {"error": error})) or line
-    except BaseException:
-        line = traceback.format_exc()
-    else:
-        if line is None:
-            return
-        if ranks.rank:  # the launcher ends this process when the first has told
-            signal.signal(
-                signal.SIGTERM, lambda *_: os._exit(EXIT_ALREADY_REPORTED)
-            )  # for srun, which returns it
-            time.sleep(10)
-    # Not in an orderly way: MLX would wait for the others for ever.
-    sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
-    os._exit(EXIT_ALREADY_REPORTED)
-
-
-def _launch(launcher: str, module: str, last: Path) -> None:
-    """Run `module` by means of `launcher`. Raises `UserError` if it does not write `last`."""
-
-    def end_with_parent() -> None:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-    command = [*shlex.split(launcher), sys.executable, "-m", module]
-    environment = {name: value for name, value in os.environ.items() if name != "LAUNCHER"}
-    before = last.stat().st_mtime_ns if last.exists() else None
-    try:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
-        )
-    except OSError as error:
-        raise UserError(
-            f"LAUNCHER: {command[0]}: {error.strerror}; docs/scale.md shows some"
-        ) from None
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.terminate()  # which a network that is cut may keep from ending
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(3)
-        process.kill()
-        raise
-    if status == EXIT_ALREADY_REPORTED:
-        sys.exit(1)
-    if status or not last.exists() or last.stat().st_mtime_ns == before:
-        raise UserError(
-            f"LAUNCHER: `{launcher}` ended before training was done; fix that and rerun, which"
-            " goes on after the last whole epoch"
-        )
+def tree_reduce(terms: list[Any]) -> Any:
+    """Add up trees of arrays as a binary tree: (0 + 1) + (2 + 3). Their number is a power of 2."""
+    while len(terms) > 1:
+        left, right = terms[::2], terms[1::2]
+        terms = [tree_map(mx.add, a, b) for a, b in zip(left, right, strict=True)]
+    return terms[0]

@@ -34,8 +34,7 @@ class Predictions:
     @cached_property
     def predicted_labels(self) -> NDArray[np.uint8]:
         """The label of the largest logit of each example, uint8 (N,)."""
-        predicted: NDArray[np.uint8] = self.logits.argmax(axis=1).astype(np.uint8)
-        return predicted
+        return self.logits.argmax(axis=1).astype(np.uint8)
 
     @cached_property
     def confidences(self) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from stages.shared.data import load_split
 from stages.shared.distributed import Ranks, Shards
 from stages.shared.metrics import predict
 from stages.shared.openblas import load_openblas
-from stages.train import minibatches, step_fn, train_epoch
+from stages.train import batch_iterate, make_step, prefetch, train_epoch
 
 
 def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], float]]:
@@ -27,12 +27,12 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
     optimizer = optim.SGD(learning_rate=config.learning_rate, momentum=config.momentum)
     stream = mx.new_stream(mx.cpu)
     undistorted = AugmentParams(shift=0, rotation=0, scale=0, elastic=0)
-    step = step_fn(model, optimizer, Shards(1, Ranks()), compiled=False)
+    step = make_step(model, optimizer, Shards(1, Ranks()), compiled=False)
 
     def epoch(number: int) -> float:
-        random = np.random.default_rng((0, number))
-        batches = minibatches(train_split, config.batch_size, undistorted, random, stream)
-        train_epoch(model, optimizer, step, batches)
+        rng = np.random.default_rng((0, number))
+        batches = batch_iterate(train_split, config.batch_size, undistorted, rng)
+        train_epoch(model, optimizer, step, prefetch(batches, stream))
         return 1.0
 
     def accuracy() -> float:

@@ -1,4 +1,4 @@
-"""The progress of a training run: what it holds, and when it is not used."""
+"""The checkpoint of a training run: what it holds, and when it is ignored."""
 
 from pathlib import Path
 
@@ -8,42 +8,69 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
 
-from stages.shared.checkpoint import load_checkpoint, run_key, save_checkpoint
+from stages.shared.checkpoint import (
+    code_hash,
+    config_hash,
+    data_hash,
+    imported_files,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tests.conftest import SMALL, small_split
 
 SPLITS = (SMALL["train"], SMALL["validation"])
+IDENTITY = {"params": "same"}
 
 
-def test_the_key_is_of_params_data_and_code() -> None:
-    keys = {
-        run_key("params", SPLITS),
-        run_key("other params", SPLITS),
-        run_key("params", SPLITS[::-1]),
-        run_key("params", (SPLITS[0], SPLITS[1][:0])),
-        run_key("params", (SPLITS[0], small_split(len(SPLITS[1]), seed=9))),
-    }
-    assert len(keys) == 5
-    assert run_key("params", SPLITS) in keys
+def test_hashes_differ_with_params_and_data() -> None:
+    train, validation = SPLITS
+    hashes = [
+        config_hash(1, "a"),
+        config_hash(2, "a"),
+        data_hash(train, validation),
+        data_hash(validation, train),
+        data_hash(train, validation[:0]),
+        data_hash(train, small_split(len(validation), seed=9)),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert config_hash(1, "a") == hashes[0]
+    assert data_hash(train, validation) == hashes[2]
 
 
-def test_only_the_same_run_gets_it(tmp_path: Path) -> None:
+def test_code_hash_covers_every_imported_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = imported_files()
+    assert {"stages", "stages.shared", "stages.shared.checkpoint"} <= set(files)
+    before = code_hash()
+    assert code_hash() == before
+    read_bytes = Path.read_bytes
+    for edited in files.values():
+
+        def read_edited(path: Path, edited: Path = edited) -> bytes:
+            return read_bytes(path) + b"#" * (path == edited)
+
+        monkeypatch.setattr(Path, "read_bytes", read_edited)
+        assert code_hash() != before, edited
+        monkeypatch.undo()
+
+
+def test_checkpoint_of_another_run_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     model, optimizer = nn.Linear(3, 2), optim.SGD(learning_rate=0.1, momentum=0.9)
     optimizer.update(model, {"weight": mx.ones((2, 3)), "bias": mx.ones(2)})
-    save_checkpoint(path, "key", model, optimizer, [(1, 0.5, None, None)])
+    save_checkpoint(path, IDENTITY, model, optimizer, [(1, 0.5, None, None)])
     other, other_optimizer = nn.Linear(3, 2), optim.SGD(learning_rate=0.1, momentum=0.9)
     before = dict(tree_flatten(other.parameters()))
-    assert load_checkpoint(path, "another", other, other_optimizer) == []
+    assert load_checkpoint(path, {"params": "other"}, other, other_optimizer) == []
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[:50], b"", whole[:-9] + b"\x55" + whole[-8:]):
         path.write_bytes(damaged)
-        assert load_checkpoint(path, "key", other, other_optimizer) == []
+        assert load_checkpoint(path, IDENTITY, other, other_optimizer) == []
     path.unlink()
-    assert load_checkpoint(path, "key", other, other_optimizer) == []
+    assert load_checkpoint(path, IDENTITY, other, other_optimizer) == []
     assert all(other[name] is array for name, array in before.items())
 
     path.write_bytes(whole)
-    assert load_checkpoint(path, "key", other, other_optimizer) == [[1, 0.5, None, None]]
+    assert load_checkpoint(path, IDENTITY, other, other_optimizer) == [[1, 0.5, None, None]]
     assert all(mx.array_equal(other[name], model[name]) for name in before)
     momenta = dict(tree_flatten(other_optimizer.state))
     for name, array in dict(tree_flatten(optimizer.state)).items():
@@ -54,5 +81,5 @@ def test_only_the_same_run_gets_it(tmp_path: Path) -> None:
 def test_rows_keep_every_digit(rows: list[tuple[float, ...]], tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     model, optimizer = nn.Linear(3, 2), optim.SGD(learning_rate=0.1)
-    save_checkpoint(path, "key", model, optimizer, rows)
-    assert load_checkpoint(path, "key", model, optimizer) == [list(row) for row in rows]
+    save_checkpoint(path, IDENTITY, model, optimizer, rows)
+    assert load_checkpoint(path, IDENTITY, model, optimizer) == [list(row) for row in rows]

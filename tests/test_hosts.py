@@ -16,7 +16,14 @@ import psutil
 import pytest
 
 from tests.conftest import Project, commit
-from tests.test_distributed import bits, check_end, project, train
+from tests.test_distributed import (
+    COMMAND,
+    bits,
+    check_end,
+    check_no_process_is_left,
+    project,
+    train,
+)
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin")
 pytestmark = [
@@ -44,13 +51,13 @@ class Hosts:
     def run(self, ok: bool = True) -> str:
         """Train on both, started on the first; return what is printed."""
         return Project(self.project.root, {**self.project.extra, "LAUNCHER": self.launcher}).run(
-            *self.command(self.names[0]), "python", "-m", "stages.train", ok=ok
+            *self.command(self.names[0]), *COMMAND, ok=ok
         )
 
     def start(self) -> "subprocess.Popen[str]":
         """Do so, and wait until it is on its way."""
         process = subprocess.Popen(
-            [*self.command(self.names[0]), "python", "-m", "stages.train"],
+            [*self.command(self.names[0]), *COMMAND],
             cwd=self.project.root,
             env={**self.project.environment(), "LAUNCHER": self.launcher},
             stdout=subprocess.PIPE,
@@ -70,13 +77,6 @@ class Hosts:
     def processes(self) -> list[psutil.Process]:
         """Those of the second host."""
         return [psutil.Process(int(pid)) for pid in ip(f"netns pids {self.names[1]}").split()]
-
-    @property
-    def lost(self) -> str:
-        return (
-            f"error: LAUNCHER: `{self.launcher}` ended before training was done; fix that and"
-            " rerun, which goes on after the last whole epoch"
-        )
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def hosts(project: Project) -> Iterator[Hosts]:
         yield Hosts(project, second, names, launcher)
 
 
-def test_the_same_bits_on_two_hosts(hosts: Hosts) -> None:
+def test_two_hosts_give_the_same_bits(hosts: Hosts) -> None:
     train(hosts.project, "")
     expected = bits(hosts.project)
     (hosts.project.root / "data/model.safetensors").unlink()
@@ -135,21 +135,21 @@ def test_the_same_bits_on_two_hosts(hosts: Hosts) -> None:
     assert hosts.second.results() == before
 
 
-def test_what_is_missing_on_one_host(hosts: Hosts) -> None:
+def test_missing_file_names_its_host(hosts: Hosts) -> None:
     (hosts.second.root / "data/train.npz").unlink()
-    line = f"error: data/train.npz: not found; make it with `dvc repro` (on {hosts.names[1]})"
-    check_end(hosts.project, hosts.run(ok=False), line)
+    pattern = rf"error: data/train\.npz: not found; .*\(on {hosts.names[1]}\)"
+    check_end(hosts.project, hosts.run(ok=False), pattern)
 
 
-def test_other_code_on_one_host(hosts: Hosts) -> None:
+def test_other_code_names_both_hosts(hosts: Hosts) -> None:
     with (hosts.second.root / "stages/train.py").open("a") as file:
         file.write("# a comment\n")
     first, second = hosts.names
-    line = f"error: {second}: the code or packages there and on {first} differ; make them the same"
-    check_end(hosts.project, hosts.run(ok=False), line)
+    pattern = f"error: LAUNCHER: code or packages differs .*{first}.*{second}"
+    check_end(hosts.project, hosts.run(ok=False), pattern)
 
 
-def test_a_host_that_dies(hosts: Hosts) -> None:
+def test_dead_host_ends_all_and_the_rerun_resumes(hosts: Hosts) -> None:
     hosts.project.set(num_epochs=60)
     shutil.copy(hosts.project.root / "params.yaml", hosts.second.root)
     train(hosts.project, "")
@@ -158,18 +158,20 @@ def test_a_host_that_dies(hosts: Hosts) -> None:
     for found in hosts.processes():
         found.kill()
     printed, _ = process.communicate()
-    check_end(hosts.project, printed, hosts.lost)
+    assert process.returncode
+    assert "Traceback" not in printed
+    check_no_process_is_left(hosts.project)
     assert "resumed" in train(hosts.project, "")
     assert bits(hosts.project) == expected
 
 
-def test_a_network_that_is_cut(hosts: Hosts) -> None:
+def test_cut_network_ends_all(hosts: Hosts) -> None:
     hosts.project.set(num_epochs=1000)
     shutil.copy(hosts.project.root / "params.yaml", hosts.second.root)
     process = hosts.start()
     ip(f"-n {hosts.names[1]} link set veth down")
     printed, _ = process.communicate()
-    assert hosts.lost in printed.splitlines()
+    assert process.returncode, printed
     ip(f"-n {hosts.names[1]} link set veth up")  # and what is left on the other host ends, too
     trainings = [found for found in hosts.processes() if "stages.train" in found.cmdline()]
     assert not psutil.wait_procs(trainings, timeout=30)[1]

@@ -131,7 +131,7 @@ def test_same_bits_on_other_cpus(tmp_path: Path) -> None:
 
     def weights(*emulator: str) -> str:
         """The digest of what a short training writes."""
-        printed("from stages.train import main; main()", *emulator, cwd=project.root)
+        printed("from stages.train import *; main(Ranks())", *emulator, cwd=project.root)
         return sha256(project.read("data/model.safetensors")).hexdigest()
 
     native = weights()

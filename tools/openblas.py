@@ -1,7 +1,7 @@
-"""Make the library that stages/shared/openblas.py loads, on Linux; a step of `make`.
+"""Make the library that stages/shared/openblas.py loads, on Linux. `make setup` runs this.
 
-It is that of the package scipy-openblas32 under the name by which MLX calls it: `cblas_sgemm`
-without the prefix that it has there.
+The library of the package scipy-openblas32 calls its function `scipy_cblas_sgemm`. MLX calls
+`cblas_sgemm`, so patchelf renames it in a copy.
 """
 
 import subprocess

@@ -103,10 +103,8 @@ def hosts(project: Project) -> Iterator[Hosts]:
         " -o LogLevel=ERROR -o ServerAliveInterval=1 -o ServerAliveCountMax=2"
     )
     # Both hosts are this one machine, so the processes must not be bound to the first core of each.
-    launcher = (
-        f"mpirun --timeout 60 --bind-to none --hostfile {folder}/hosts -np 2"
-        f" --prtemca plm_ssh_args '{ssh}'"
-    )
+    project.extra["PRTE_MCA_plm_ssh_args"] = ssh
+    launcher = f"mpirun --timeout 60 --bind-to none --hostfile {folder}/hosts -np 2"
     with ExitStack() as stack:
         for name in names:
             ip(f"netns add {name}")

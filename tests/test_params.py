@@ -367,7 +367,7 @@ def test_any_values(values: Any) -> None:
     [(stage, section) for stage in STAGES for section in STAGES[stage].get("params", ())],
 )
 def test_the_params_of_this_project(stage: str, section: str) -> None:
-    (name,) = re.findall(r"python -m (stages\.\w+)", STAGES[stage]["cmd"])
+    (name,) = re.findall(r"-m (stages\.\w+)", STAGES[stage]["cmd"])
     module = importlib.import_module(name)
     params_class = vars(module)[f"{section.title()}Params"]
     assert isinstance(read_params(section, params_class, ROOT / "params.yaml"), params_class)

@@ -55,7 +55,7 @@ def imported(path: Path) -> set[Path]:
 
 
 def module_of(stage: str) -> str:
-    (module,) = re.findall(r"python -m (stages\.\w+)", STAGES[stage]["cmd"])
+    (module,) = re.findall(r"-m (stages\.\w+)", STAGES[stage]["cmd"])
     return str(module)
 
 

@@ -133,7 +133,8 @@ def pipe() -> None:
         ),
         (
             lambda: Path("params.yaml").write_text("train:\n\tseed: 0\n"),
-            "params.yaml: line 2: found character '\\t' that cannot start any token",
+            "params.yaml: line 2: while scanning for the next token,"
+            " found character '\\t' that cannot start any token",
         ),
         (
             lambda: Path(".dvc/config").write_text("[core"),

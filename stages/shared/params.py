@@ -1,50 +1,69 @@
-"""Read one section of params.yaml, strictly, into the frozen `msgspec.Struct` that owns it.
+"""Read a section of params.yaml as a frozen `msgspec.Struct`.
 
-A field's annotation says what it allows: `hidden_dim: Annotated[int, Meta(ge=1, le=8192)]`. Fields
-have no defaults, so params.yaml is the only place that holds a value.
+A field's annotation defines the allowed values: `hidden_dim: Annotated[int, Meta(ge=1, le=8192)]`.
+Fields have no defaults, so params.yaml is the only place that holds a value.
+
+DVC reads params.yaml too, by the rules of YAML 1.2. PyYAML follows YAML 1.1, where `1e-1` is text
+and `yes` is true. `Loader` therefore resolves scalars by YAML 1.2 rules, and rejects text that DVC
+might read as another value.
 """
 
-import math
+import json
 import re
-from collections.abc import Iterator
 from difflib import get_close_matches
-from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 import yaml
-from msgspec import UNSET
 
 from stages.shared.errors import UserError
 
-MAX_SIZE = 1 << 16  # bytes of the file, to bound memory and time
-MAX_DEPTH = 8  # mappings and lists in one another, to bound recursion
+MAX_SIZE = 1 << 14  # bytes of the file, to bound memory and time
+MAX_DEPTH = 8  # lists and mappings around a value, to bound recursion
 
-_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_LIMITS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
-# Whatever might be a number or a date to DVC, and of that what is the same number to Python.
-_NUMBER = re.compile(r"(?is)[-+]?([._]*[0-9].*|\.inf|\.nan)")
-_DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?|\.[0-9]+)")
-# Not text, or the end of a line to PyYAML alone; a byte that is not UTF-8 becomes a surrogate.
-_CONTROL = re.compile("[^\t\n\r -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# Control characters, bytes that are not UTF-8 (decoded to surrogates), and U+0085, U+2028 and
+# U+2029, which end a line for PyYAML but not for DVC.
+FORBIDDEN = re.compile("[^\t\n\r -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+# The scalars without quotes that are not text. The first pattern that matches defines the type.
+# The first four are the core schema of YAML 1.2, except for spellings that DVC reads in another way
+# (0x20, 040, 1_000) and numbers above 1e200, which could be infinite as a float. "ambiguous" is
+# everything else that is a number, a date or a special key for DVC, YAML 1.1 or YAML 1.2, or looks
+# like one.
+SCALARS = {
+    "null": "|~|null|Null|NULL",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?(0|[1-9][0-9]{0,99})",
+    "float": r"[-+]?((0|[1-9][0-9]{0,99})(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?|\.[0-9]+)",
+    "ambiguous": r"[-+]?([._]*[0-9][\s\S]*|\.(?i:inf|nan))|<<|=",
+}
+
+# Words for a JSON schema's types and limits.
+TYPES = {"integer": "a whole number", "boolean": "true or false", "array": "a list"}
+LIMITS = {
+    "minimum": "from",
+    "exclusiveMinimum": "above",
+    "maximum": "to",
+    "exclusiveMaximum": "below",
+}
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 def read_params(section: str, params_class: type[T], path: Path = Path("params.yaml")) -> T:
-    """Read `section` of the YAML file at `path` into an instance of `params_class`.
+    """Return `section` of the YAML file at `path` as an instance of `params_class`.
 
-    Raises `UserError` with the key, its value and what is allowed when a key is missing, unknown,
-    of the wrong type or out of range, and as `read_sections` does.
+    Raises `UserError` with the key, its value and the allowed values if a key is missing, unknown,
+    of the wrong type or out of range, and in the cases of `read_sections`.
     """
     sections = read_sections(path)
     try:
         if not isinstance(sections, dict):
             raise ValueError(f"must hold sections such as {section}")
         if section not in sections:
-            meant = get_close_matches(section, sections, 1)
-            remedy = f"rename {_bare(meant[0])}" if meant else "add it"
+            similar = get_close_matches(section, sections, 1)
+            remedy = f"rename {_escape(similar[0])}" if similar else "add it"
             raise ValueError(f"the section {section} is missing; {remedy}")
         return check_section(sections[section], section, params_class)
     except ValueError as error:
@@ -52,10 +71,14 @@ def read_params(section: str, params_class: type[T], path: Path = Path("params.y
 
 
 def read_sections(path: Path = Path("params.yaml")) -> Any:
-    """Read a YAML file as DVC does. Raises `UserError` with the line when it is not plain YAML."""
+    """Return the content of the YAML file at `path`: the same values as DVC reads.
+
+    Raises `UserError` with the line if the file is not valid YAML, or if it has anchors, aliases,
+    tags, directives, merge keys, duplicate keys, ambiguous scalars or a second document.
+    """
     try:
         with path.open("rb") as file:
-            return _load(file.read(MAX_SIZE + 1))
+            return _parse(_decode(file.read(MAX_SIZE + 1)))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run in the folder that holds it") from None
     except ValueError as error:
@@ -63,135 +86,131 @@ def read_sections(path: Path = Path("params.yaml")) -> Any:
 
 
 def check_section(values: object, section: str, params_class: type[T]) -> T:
-    """Make an instance of `params_class` of the mapping `values`; an int will do for a float.
+    """Return the mapping `values` as an instance of `params_class`. An int is allowed for a float.
 
-    Raises `ValueError` with the key, its value and what is allowed.
+    Raises `ValueError` with the key, its value and the allowed values.
     """
-    kinds = {field.name: field.type for field in msgspec.structs.fields(params_class)}
-    known = ", ".join(kinds)
+    types = {field.name: field.type for field in msgspec.structs.fields(params_class)}
+    names = ", ".join(types)
     if not isinstance(values, dict):
-        raise ValueError(f"{section} must hold {known}")
+        raise ValueError(f"{section} must hold {names}")
     for name in values:
-        if name not in kinds:
-            meant = get_close_matches(name, kinds, 1)
-            remedy = f"did you mean {section}.{meant[0]}?" if meant else f"known: {known}"
-            raise ValueError(f"{section}.{_bare(name)} is unknown; {remedy}")
-    checked = {}
-    for name, kind in kinds.items():
-        key, must_be = f"{section}.{name}", f"must be {_allowed(kind)}"
+        if name not in types:
+            similar = get_close_matches(name, types, 1)
+            remedy = f"did you mean {section}.{similar[0]}?" if similar else f"known: {names}"
+            raise ValueError(f"{section}.{_escape(name)} is unknown; {remedy}")
+    for name in types:
         if name not in values:
-            raise ValueError(f"{key} is missing; it {must_be}")
-        checked[name] = _converted(values[name], kind)
-        if checked[name] is UNSET:
-            meant = _converted(values[name], kind, strict=False)  # by "32", for example
-            spelling = "" if meant is UNSET else msgspec.json.encode(meant).decode()
-            remedy = f"; write {spelling}" if 0 < len(spelling) <= 60 else ""
-            raise ValueError(f"{key} is {values[name]!r:.60}, {must_be}{remedy}")
+            raise ValueError(f"{section}.{name} is missing; it must be {_describe(types[name])}")
+    checked = {name: _convert(values[name], types[name], f"{section}.{name}") for name in types}
     return params_class(**checked)
 
 
-def _converted(value: object, kind: Any, strict: bool = True) -> Any:
-    """`value` as `kind` has it, or UNSET if that does not allow it."""
+def _convert(value: object, allowed: Any, key: str) -> Any:
+    """Return `value` as the type `allowed`. Raises `ValueError` with the allowed values."""
     try:
-        converted = msgspec.convert(value, kind, strict=strict)
-    except (msgspec.ValidationError, UnicodeEncodeError):  # the latter for a lone surrogate
-        return UNSET
-    finite = not isinstance(converted, float) or math.isfinite(converted)
-    return converted if finite else UNSET
+        return msgspec.convert(value, allowed)
+    except ValueError:
+        problem = f"{key} is {value!r:.60}, must be {_describe(allowed)}"
+        raise ValueError(problem + _suggest(value, allowed)) from None
 
 
-def _allowed(kind: Any) -> str:
-    """What a value may be, in words."""
-    if get_origin(kind) is Literal:
-        return " or ".join(map(str, get_args(kind)))
-    base, *metas = get_args(kind) if get_origin(kind) is Annotated else [kind]
-    limits = [f"{_LIMITS.get(key, key)} {n}" for meta in metas for key, n in meta.__rich_repr__()]
-    return " ".join([_NOUNS.get(base, str(base)), *limits])
+def _suggest(value: object, allowed: Any) -> str:
+    """Return "; write 32" if `value` is the text "32" and an int is allowed, or "" if unclear."""
+    try:
+        spelling = json.dumps(msgspec.convert(value, allowed, strict=False), allow_nan=False)
+    except (TypeError, ValueError):  # not allowed in any spelling, or not a JSON type
+        return ""
+    return f"; write {spelling}" if len(spelling) <= 60 else ""
 
 
-def _bare(text: str) -> str:
-    """`text` for a message: without quotes, what does not print escaped, and not long."""
+def _describe(allowed: Any) -> str:
+    """Return the values that a type allows, such as "a whole number from 1 to 8192"."""
+    schema = msgspec.json.schema(allowed)
+    if "enum" in schema:
+        return " or ".join(map(str, schema["enum"]))
+    kind = schema.pop("type", "value")
+    limits = [f"{LIMITS.get(key, key)} {limit}" for key, limit in schema.items()]
+    return " ".join([TYPES.get(kind, f"a {kind}"), *limits])
+
+
+def _escape(text: str) -> str:
+    """Return `text` for a message: escaped to printable characters, at most 60 of them."""
     return f"{repr(text)[1:-1]:.60}"
 
 
-def _load(data: bytes) -> Any:
-    """Read YAML 1.2 as DVC does, of which PyYAML knows the events, but not what words stand for.
-
-    Raises `ValueError` where they might differ, and for aliases, by which a few lines could stand
-    for more values than memory holds.
-    """
+def _decode(data: bytes) -> str:
+    """Return `data` as text. Raises `ValueError` if it is too long or has a forbidden character."""
     if len(data) > MAX_SIZE:
         raise ValueError(f"has more than {MAX_SIZE:,} bytes, more than params need; cut it down")
     text = data.decode(errors="surrogateescape")
-    if found := _CONTROL.search(text):
+    if found := FORBIDDEN.search(text):
         line = text.count("\n", 0, found.start()) + 1
         raise ValueError(f"line {line}: has a byte or character that YAML refuses; delete it")
-    events = _events(text)
-    next(events)  # the start of the stream
-    start = next(events)
-    if isinstance(start, yaml.StreamEndEvent):
-        return None
-    if start.version or start.tags:
-        raise ValueError(f"line {start.start_mark.line + 1}: has a directive (%); remove it")
-    value = _value(next(events), events)
-    next(events)  # the end of the document
-    if not isinstance(more := next(events), yaml.StreamEndEvent):
-        raise ValueError(f"line {more.start_mark.line + 1}: begins a second document; keep one")
-    return value
+    return text
 
 
-def _events(text: str) -> Iterator[Any]:
-    loader = yaml.SafeLoader(text)
+def _parse(text: str) -> Any:
+    """Return the content of a YAML document. Raises `ValueError` with the line of an error."""
+    loader = Loader(text)
     try:
-        yield from iter(loader.get_event, None)
+        return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
-        line = (error.problem_mark or loader).line + 1
-        raise ValueError(f"line {line}: {error.problem}") from None
-    except (ValueError, OverflowError):  # from the code of a character, such as \U00110000
-        problem = "has a number too large for YAML; write a smaller one"
+        line = (error.problem_mark or loader.get_mark()).line + 1
+        problem = ", ".join(filter(None, [error.context, error.problem]))
+        raise ValueError(f"line {line}: {problem}") from None
+    except (ValueError, OverflowError):  # from chr(), for an escape such as \U00110000
+        problem = "has an escape that is not a character; correct it"
         raise ValueError(f"line {loader.line + 1}: {problem}") from None
 
 
-def _value(event: Any, events: Iterator[Any], path: tuple[str, ...] = ()) -> Any:
-    """What begins with `event` and goes on with `events`; its place is the key `path`."""
-    line = event.start_mark.line + 1
-    if isinstance(event, yaml.AliasEvent):
-        raise ValueError(f"line {line}: *{event.anchor:.60} is an alias; write the value itself")
-    if event.tag:
-        raise ValueError(f"line {line}: has a tag (!); write the value without it")
-    if isinstance(event, yaml.ScalarEvent):
-        return _plain(event.value, line) if event.implicit[0] else event.value
-    if len(path) == MAX_DEPTH:
-        raise ValueError(f"line {line}: has more than {MAX_DEPTH} levels; write fewer")
-    inside = takewhile(lambda event: not isinstance(event, yaml.CollectionEndEvent), events)
-    if isinstance(event, yaml.SequenceStartEvent):
-        return [_value(item, events, (*path, str(n))) for n, item in enumerate(inside)]
-    values, lines = {}, dict[str, int]()
-    for key in inside:
-        name, line = _value(key, events, (*path, "")), key.start_mark.line + 1
-        if not isinstance(name, str):
-            raise ValueError(f"line {line}: the key {name!r:.60} is not text; put it in quotes")
-        if name in lines:
-            key, where = ".".join(map(_bare, (*path, name))), f"lines {lines[name]} and {line}"
-            raise ValueError(f"{key} appears twice, in {where}; keep one of them")
-        lines[name] = line
-        values[name] = _value(next(events), events, (*path, name))
-    return values
+class Loader(yaml.SafeLoader):
+    """PyYAML's loader for plain YAML with the scalars of YAML 1.2."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # without those of YAML 1.1
+    depth = 0  # lists and mappings around the next node
+
+    def reject_syntax(self) -> NoReturn:
+        """Reject aliases, which can expand without limit, and syntax that changes types."""
+        problem = "has an anchor (&), alias (*), tag (!) or directive (%); write plain values"
+        raise _error(problem, self.get_mark())
+
+    # PyYAML's scanner calls these where such a token begins.
+    fetch_anchor = fetch_alias = fetch_tag = fetch_directive = reject_syntax
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose the next node. Reject it if it is nested too deeply."""
+        if self.depth > MAX_DEPTH:
+            problem = f"has more than {MAX_DEPTH} levels; write fewer"
+            raise _error(problem, self.peek_event().start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping. Reject a key that is not text or appears twice."""
+        lines = dict[str, int]()
+        for key_node, _ in node.value:
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
+            if not isinstance(key, str):
+                raise _error(f"the key {key!r:.60} is not text; put it in quotes", mark)
+            if key in lines:
+                raise _error(f"{_escape(key)} is also in line {lines[key]}; keep one of them", mark)
+            lines[key] = mark.line + 1
+        return super().construct_mapping(node, deep)
+
+    def reject_scalar(self, node: yaml.ScalarNode) -> NoReturn:
+        """Reject a scalar that DVC might read as another value."""
+        problem = "is ambiguous or too large; write a plain decimal number, or put text in quotes"
+        raise _error(f"{_escape(node.value)} {problem}", node.start_mark)
 
 
-def _plain(text: str, line: int) -> Any:
-    """What `text` stands for, which is not in quotes."""
-    if text in ("", "~", "null", "Null", "NULL"):
-        return None
-    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
-        return text.lower() == "true"
-    if text == "<<":
-        raise ValueError(f"line {line}: << merges mappings; write the keys themselves")
-    if not _NUMBER.fullmatch(text):
-        return text
-    if not _DECIMAL.fullmatch(text):
-        remedy = "write one, or put text in quotes"
-        raise ValueError(f"line {line}: {_bare(text)} is not a plain decimal number; {remedy}")
-    if math.isinf(float(text)):
-        raise ValueError(f"line {line}: {text:.60} is too large a number; write a smaller one")
-    return float(text) if set(text) & set(".eE") else int(text)
+def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    """Return an error in the line of `mark`."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
+
+for name, pattern in SCALARS.items():
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(rf"({pattern})\Z"), None)
+Loader.add_constructor("tag:yaml.org,2002:ambiguous", Loader.reject_scalar)

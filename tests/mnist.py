@@ -1,4 +1,4 @@
-"""Small data sets in the place of MNIST and Fashion-MNIST, and a mirror that serves them."""
+"""Small replacements for MNIST and Fashion-MNIST, and an HTTP server that provides them."""
 
 import gzip
 import http.server
@@ -19,13 +19,13 @@ from tests.conftest import Project, clone, small_split
 
 
 def idx(array: NDArray[np.uint8]) -> bytes:
-    """Encode an array as an IDX file."""
+    """Return an array as an IDX file."""
     header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
     return header + array.tobytes()
 
 
 def small_files(class_names: tuple[str, ...], seed: int) -> dict[str, bytes]:
-    """The four IDX files of a data set of 8 x 8 images."""
+    """Return the four IDX files of a data set with 8 x 8 images, by name."""
     files = {}
     for prefix, count in (("train", 600), ("t10k", 200)):
         split = small_split(count, (8, 8), class_names, seed + count)
@@ -41,6 +41,7 @@ FILES = {
 
 
 def digests(files: dict[str, bytes]) -> dict[str, str]:
+    """Return the SHA-256 of each file."""
     return {name: sha256(data).hexdigest() for name, data in files.items()}
 
 
@@ -52,12 +53,12 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-# What a mirror does when it is asked for a path.
+# Writes the response to a request.
 Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 
 def send(data: bytes, announced: int | None = None) -> Answer:
-    """Answer with `data`, after announcing a length that may be another."""
+    """Respond with `data`, after announcing its length or a wrong one."""
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
         request.send_response(200)
@@ -69,7 +70,7 @@ def send(data: bytes, announced: int | None = None) -> Answer:
 
 
 def status(code: int, **headers: str) -> Answer:
-    """Answer with an HTTP status and nothing else."""
+    """Respond with an HTTP status and an empty body."""
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
         request.send_response(code)
@@ -81,7 +82,7 @@ def status(code: int, **headers: str) -> Answer:
 
 
 def drip(start: bytes, drop: bytes, pause: float) -> Answer:
-    """Answer with `start` and then `drop` after `drop`, without end, a pause after each."""
+    """Respond with `start`, then repeat `drop` forever, with a pause in seconds after each."""
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
         request.wfile.write(start)
@@ -94,14 +95,14 @@ def drip(start: bytes, drop: bytes, pause: float) -> Answer:
 
 @dataclass
 class Mirror:
-    """A real HTTP server on this machine: its answer to each path, the paths it was asked for."""
+    """An HTTP server on this machine: its answer per path, and the paths requested so far."""
 
     url: str
     answers: dict[str, Answer] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
+    requested: list[str] = field(default_factory=list)
 
     def serve(self, folder: str, files: dict[str, bytes]) -> str:
-        """Serve `files` gzipped, as the public mirrors do; return the URL they are below."""
+        """Serve `files` gzipped, as the public mirrors do; return the URL of their folder."""
         for name, data in files.items():
             self.answers[f"/{folder}/{name}.gz"] = send(gzip.compress(data))
         return f"{self.url}/{folder}"
@@ -109,10 +110,12 @@ class Mirror:
 
 @contextmanager
 def running_mirror() -> Iterator[Mirror]:
+    """Run a mirror that answers 404 until it gets files or other answers."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            mirror.asked.append(self.path)
-            with suppress(ConnectionError):  # the client may have heard enough
+            mirror.requested.append(self.path)
+            with suppress(ConnectionError):  # the client may disconnect early
                 mirror.answers.get(self.path, status(404))(self)
 
         def log_message(self, *_: object) -> None:
@@ -129,7 +132,7 @@ def running_mirror() -> Iterator[Mirror]:
 
 
 def small_project(root: Path, mirror: Mirror) -> Project:
-    """A clone of this repository whose data sets are the small ones, on the one mirror."""
+    """Clone this repository to `root`, with the small data sets and the mirror as their source."""
     project = clone(root, DATA_MIRROR="", no_proxy="*")
     script = root / "stages/fetch.py"
     code = script.read_text()

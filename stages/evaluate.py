@@ -1,7 +1,7 @@
-"""Score the model on the test split: accuracy, accuracy of each class, confusion, worst mistakes.
+"""Evaluate the model on the test split: accuracy, accuracy per class, confusion, worst mistakes.
 
-The accuracy comes with its 95% Wilson interval: two experiments whose intervals do not overlap
-differ by more than the chance of which examples are in the test split.
+The accuracy has a 95% confidence interval. If the intervals of two experiments do not overlap, the
+difference is larger than the choice of the test examples can explain.
 """
 
 import math
@@ -19,18 +19,21 @@ from stages.shared.metrics import Predictions, predict
 from stages.shared.model_file import load_model
 from stages.shared.openblas import load_openblas
 
+MODEL = Path("data/model.safetensors")
 TEST = Path("data/test.npz")
 METRICS = Path("metrics")
 
-Z_95 = 1.959963984540054  # the standard normal's 97.5% quantile
+Z_95 = 1.959963984540054  # 97.5% quantile of the standard normal distribution
 
-COLUMNS, ROWS = 8, 4  # of the picture of the worst mistakes
-SIDE = 112  # pixels of it, at most, that an image is high and wide
-CELL = (150, 160)  # width and height in pixels: an image and two lines below it
+# The picture of the worst mistakes: a grid below a title. All sizes are in pixels.
+GRID_COLUMNS, GRID_ROWS = 8, 4
+CELL_WIDTH, CELL_HEIGHT = 150, 160  # an image and two lines of text below it
+IMAGE_SIDE = 112  # the longer side of an image
+TITLE_HEIGHT = 30
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95% confidence interval of the fraction `correct / total` (Wilson, JASA 22, 1927)."""
+    """Return the 95% Wilson interval of the fraction `correct / total` (Wilson, JASA 22, 1927)."""
     p, z2 = correct / total, Z_95**2
     centre = p + z2 / (2 * total)
     margin = Z_95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
@@ -38,68 +41,79 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
 
 
-def class_accuracies(split: Split, scores: Predictions) -> dict[str, float]:
-    """The accuracy on the examples of each class that has some."""
-    correct = {name: scores.correct[split.labels == n] for n, name in enumerate(split.class_names)}
-    return {name: int(hits.sum()) / len(hits) for name, hits in correct.items() if len(hits)}
+def accuracy_metrics(predictions: Predictions) -> dict[str, float]:
+    """Return the accuracy with its confidence interval, and the loss in nats."""
+    low, high = wilson_interval(int(predictions.correct.sum()), len(predictions.labels))
+    return {
+        "accuracy": predictions.accuracy,
+        "accuracy_95_low": round(low, 4),
+        "accuracy_95_high": round(high, 4),
+        "loss": round(predictions.loss, 6),
+    }
 
 
-def draw(image: NDArray[np.uint8]) -> Image.Image:
-    """An image of any shape as a picture of at most `SIDE` pixels a side."""
-    channels = image.reshape(*image.shape[:2], -1)
-    if channels.shape[2] not in (3, 4):  # neither RGB nor RGBA
-        channels = channels[..., 0]
-    rows, columns = (max(1, round(side * SIDE / max(image.shape[:2]))) for side in image.shape[:2])
-    return Image.fromarray(channels).resize((columns, rows), Image.Resampling.BOX)
+def class_accuracies(split: Split, predictions: Predictions) -> dict[str, float]:
+    """Return the accuracy per class, rounded to 4 decimals, of the classes that have examples."""
+    accuracies = {}
+    for label, name in enumerate(split.class_names):
+        correct = predictions.correct[split.labels == label]
+        if len(correct):
+            accuracies[name] = round(int(correct.sum()) / len(correct), 4)
+    return accuracies
 
 
-def draw_mistakes(split: Split, scores: Predictions) -> Image.Image:
-    """Draw the mistakes of which the model is most confident, these first, line by line."""
-    mistakes = np.flatnonzero(~scores.correct)
-    worst = mistakes[np.argsort(-scores.confidences[mistakes], kind="stable")][: COLUMNS * ROWS]
-    width, height = CELL
-    page = Image.new("RGB", (COLUMNS * width, 30 + ROWS * height), "white")
-    pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default(size=13)
-    pen.text((8, 8), f"The worst {len(worst)} of {len(mistakes):,} mistakes", "black", font)
-    for place, example in enumerate(worst):
-        left, top = 8 + place % COLUMNS * width, 30 + place // COLUMNS * height
-        page.paste(draw(split.images[example]), (left, top))
-        actual, predicted = (
-            f"{split.class_names[label]:.14}"
-            for label in (split.labels[example], scores.predicted_labels[example])
-        )
-        caption = f"{actual}, predicted as\n{predicted} ({scores.confidences[example]:.2%})"
-        pen.text((left, top + SIDE + 2), caption, "black", font, spacing=2)
-    return page
+def draw_image(image: NDArray[np.uint8]) -> Image.Image:
+    """Draw an image, uint8 (rows, columns, ...), with IMAGE_SIDE as its longer side."""
+    pixels = image.reshape(*image.shape[:2], -1)
+    if pixels.shape[2] not in (3, 4):  # not RGB or RGBA: show the first channel
+        pixels = pixels[..., 0]
+    longer = max(image.shape[:2])
+    height, width = (max(1, round(side * IMAGE_SIDE / longer)) for side in image.shape[:2])
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)
+
+
+def draw_mistakes(split: Split, predictions: Predictions) -> Image.Image:
+    """Draw the mistakes of highest confidence, in descending order, row by row."""
+    mistakes = np.flatnonzero(~predictions.correct)
+    order = np.argsort(-predictions.confidences[mistakes], kind="stable")
+    worst = mistakes[order][: GRID_COLUMNS * GRID_ROWS]
+    size = (GRID_COLUMNS * CELL_WIDTH, TITLE_HEIGHT + GRID_ROWS * CELL_HEIGHT)
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    draw.font = ImageFont.load_default(size=13)
+    draw.text((8, 8), f"The worst {len(worst)} of {len(mistakes):,} mistakes", "black")
+    for cell, index in enumerate(worst):
+        row, column = divmod(cell, GRID_COLUMNS)
+        left, top = 8 + column * CELL_WIDTH, TITLE_HEIGHT + row * CELL_HEIGHT
+        picture.paste(draw_image(split.images[index]), (left, top))
+        actual = split.class_names[split.labels[index]]
+        predicted = split.class_names[predictions.predicted_labels[index]]
+        confidence = predictions.confidences[index]
+        caption = f"{actual:.14}, predicted as\n{predicted:.14} ({confidence:.2%})"
+        draw.text((left, top + IMAGE_SIDE + 2), caption, "black", spacing=2)
+    return picture
 
 
 def main() -> None:
-    mx.set_default_device(mx.cpu)  # the same figures whatever trained the model
+    mx.set_default_device(mx.cpu)  # the same metrics, whatever device trained the model
     load_openblas(1)
-    model, metadata = load_model(Path("data/model.safetensors"))
+    model, metadata = load_model(MODEL)
     test = load_split(TEST)
     metadata.check_compatible(TEST, test)
-    scores = predict(model, test)
-    low, high = wilson_interval(int(scores.correct.sum()), len(test))
-    accuracy = {
-        "accuracy": scores.accuracy,
-        "accuracy_95_low": round(low, 4),
-        "accuracy_95_high": round(high, 4),
-        "loss": round(scores.loss, 6),
-    }
-    save_json(METRICS / "accuracy.json", accuracy)
-    of_class = {name: round(value, 4) for name, value in class_accuracies(test, scores).items()}
-    save_json(METRICS / "classes.json", {"accuracy_of": of_class})
+    predictions = predict(model, test)
+    metrics = accuracy_metrics(predictions)
+    save_json(METRICS / "accuracy.json", metrics)
+    save_json(METRICS / "classes.json", {"accuracy_of": class_accuracies(test, predictions)})
     names = np.array(test.class_names)
-    pairs = zip(names[test.labels], names[scores.predicted_labels], strict=True)
-    save_csv(METRICS / "confusion.csv", ("actual", "predicted"), pairs)
-    wrong = np.flatnonzero(~scores.correct)  # few enough for Git
-    rows = zip(wrong, names[test.labels[wrong]], names[scores.predicted_labels[wrong]], strict=True)
-    save_csv(METRICS / "mistakes.csv", ("example", "actual", "predicted"), rows)
+    rows = list(zip(names[test.labels], names[predictions.predicted_labels], strict=True))
+    save_csv(METRICS / "confusion.csv", ("actual", "predicted"), rows)
+    # Git keeps the mistakes, because they are few, but not all predictions.
+    mistakes = [(index, *rows[index]) for index in np.flatnonzero(~predictions.correct)]
+    save_csv(METRICS / "mistakes.csv", ("example", "actual", "predicted"), mistakes)
     with atomic_write(METRICS / "misclassified.png") as file:
-        draw_mistakes(test, scores).save(file, "PNG")
-    print(f"accuracy {scores.accuracy:.4f}, 95% interval {low:.4f} to {high:.4f}")
+        draw_mistakes(test, predictions).save(file, "PNG")
+    interval = "{accuracy_95_low:.4f} to {accuracy_95_high:.4f}".format_map(metrics)
+    print(f"accuracy {predictions.accuracy:.4f}, 95% interval {interval}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""A model file: it rebuilds the model, and no wrong byte of it goes unnoticed."""
+"""Model files: they rebuild the model, and damage is always noticed."""
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -22,143 +23,144 @@ from tests.conftest import ROOT, small_split
 from tests.faults.hostile import JSON, damaged, refused
 
 PARAMS = read_params("model", ModelParams, ROOT / "params.yaml")
-METADATA = Metadata(PARAMS, (4, 5), ("a", "b"), "a form")
+METADATA = Metadata(PARAMS, (4, 5), ("a", "b"), "other")
 PIXELS = mx.random.uniform(shape=(2, 4, 5))
 
 
-def logits(model: Model) -> mx.array:
+def same_model(model: Model, other: Model) -> bool:
     model.eval()
-    return model(PIXELS)
+    other.eval()
+    return bool(mx.array_equal(model(PIXELS), other(PIXELS)))
 
 
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> tuple[Model, Path]:
+    """A model and its file."""
     model = METADATA.build()
     path = folder / "whole.safetensors"
     save_model(path, model, METADATA)
     return model, path
 
 
-def test_a_model_file_rebuilds_the_model(saved: tuple[Model, Path]) -> None:
+def test_model_file_rebuilds_the_model(saved: tuple[Model, Path]) -> None:
     model, path = saved
     loaded, metadata = load_model(path)
     assert metadata == METADATA
-    assert mx.array_equal(logits(loaded), logits(model))
+    assert same_model(loaded, model)
 
 
-def test_it_holds_the_parameters_as_mlx_has_them(saved: tuple[Model, Path]) -> None:
+def read_by_mlx(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Return the arrays and the metadata without the digest."""
+    loaded: Any = mx.load(str(path), return_metadata=True)
+    arrays, entries = loaded
+    return arrays, {key: json.loads(value) for key, value in entries.items() if key != "sha256"}
+
+
+def test_mlx_reads_parameters_and_metadata(saved: tuple[Model, Path]) -> None:
     model, path = saved
-    by_mlx: Any = mx.load(str(path), return_metadata=True)
-    arrays, entries = by_mlx
+    arrays, entries = read_by_mlx(path)
     expected = dict(tree_flatten(model.parameters()))
     assert arrays.keys() == expected.keys()
     assert all(mx.array_equal(arrays[name], expected[name]) for name in arrays)
-    assert json.loads(entries["params"]) == msgspec.to_builtins(PARAMS)
-    assert json.loads(entries["image_shape"]) == [4, 5]
-    assert json.loads(entries["class_names"]) == ["a", "b"]
-    assert json.loads(entries["preprocessing"]) == "a form"
-    again = METADATA.build()
-    again.load_weights(str(path))
-    assert mx.array_equal(logits(again), logits(model))
+    assert entries == {
+        "params": msgspec.to_builtins(PARAMS),
+        "image_shape": [4, 5],
+        "class_names": ["a", "b"],
+        "preprocessing": "other",
+    }
+    other = METADATA.build()
+    other.load_weights(str(path))
+    assert same_model(other, model)
 
 
 def rewrite(path: Path, source: Path, **changes: Any) -> None:
-    """Write the model at `source` with other metadata to `path`, with a true digest."""
-    loaded: Any = mx.load(str(source), return_metadata=True)
-    arrays, entries = loaded
-    kept = {key: json.loads(value) for key, value in entries.items() if key != "sha256"}
-    save_arrays(path, arrays, {**kept, **changes})
+    """Write the model at `source` with changed metadata and the digest that belongs to them."""
+    arrays, entries = read_by_mlx(source)
+    save_arrays(path, arrays, {**entries, **changes})
 
 
-def test_mistakes(saved: tuple[Model, Path], tmp_path: Path) -> None:
+def write_safetensors(path: Path, header: dict[str, Any], data: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_wrong_file_is_an_error_with_its_reason(saved: tuple[Model, Path], tmp_path: Path) -> None:
     _, whole = saved
     path = tmp_path / "model.safetensors"
 
-    def message() -> str:
+    def check_error(pattern: str) -> None:
         with pytest.raises(UserError) as error:
             load_model(path)
-        return str(error.value).replace(str(path), "FILE")
+        assert re.fullmatch(f"{path}: {pattern}", str(error.value))
 
-    assert message() == "FILE: not found; make it with `dvc repro`"
+    check_error("not found; .*`dvc repro`")
     path.write_bytes(b"junk")
-    assert message() == (
-        "FILE: damaged ([load] Failed to read from python stream); repair it with `make repro`"
-    )
+    check_error(r"damaged \(.*\[read\].*\); .*`make repro`")
     mx.save_safetensors(str(path), {"weight": mx.zeros(3)})
-    assert message() == (
-        "FILE: damaged (its SHA-256 is not the one it names); repair it with `make repro`"
-    )
+    check_error(r"damaged \(SHA-256 mismatch: expected '', got '[0-9a-f]{64}'\); .*`make repro`")
     entry = {"dtype": "U8", "shape": [999], "data_offsets": [0, 999]}
-    header = json.dumps({str(number): entry for number in range(99)}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(999))
-    assert message() == "FILE: damaged (its arrays overlap); repair it with `make repro`"
+    write_safetensors(path, {str(number): entry for number in range(99)}, bytes(999))
+    check_error(r"damaged \(arrays overlap: 98,901 bytes in a file of [67],\d{3}\); .*`make repro`")
     rewrite(path, whole, image_shape=[20])
-    assert message().endswith(" - at `$.image_shape`); repair it with `make repro`")
+    check_error(r"damaged \(.*`\$\.image_shape`\); .*`make repro`")
     rewrite(path, whole, params={})
-    assert message().endswith(" - at `$.params`); repair it with `make repro`")  # are missing
+    check_error(r"damaged \(.*missing.*`\$\.params`\); .*`make repro`")
     save_arrays(path, {"other": mx.zeros(3)}, msgspec.to_builtins(METADATA))
-    assert message().startswith("FILE: damaged (")
+    check_error(r"damaged \(.*other.*\); .*`make repro`")
 
 
-def test_data_of_another_kind_is_refused() -> None:
+def test_split_of_other_images_or_classes_is_refused() -> None:
     METADATA.check_compatible(Path("same.npz"), small_split(4, (4, 5), ("a", "b")))
     for shape, names in (((5, 4), ("a", "b")), ((4, 5, 3), ("a", "b")), ((4, 5), ("b", "a"))):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError, match=r"^other\.npz: ") as error:
             METADATA.check_compatible(Path("other.npz"), small_split(4, shape, names))
-        assert str(error.value) == (
-            f"other.npz: has images {shape} and classes {', '.join(names)}, but the network is for"
-            " (4, 5) and a, b; make the splits from one data set"
-        )
+        for part in (f"{shape}", ", ".join(names), "(4, 5)", "a, b", "one data set"):
+            assert part in str(error.value)
 
 
-def test_long_lists_of_classes_are_cut_short() -> None:
+def test_long_list_of_classes_is_shortened_in_the_error() -> None:
     names = tuple(f"{number} bottles of beer on the wall" for number in range(99))
     split = Split(np.zeros((0, 4, 5), np.uint8), np.zeros(0, np.uint8), names)
-    with pytest.raises(UserError, match=r"classes 0 bottles.*, \.\.\. \(99\), but") as error:
+    with pytest.raises(UserError, match=r"0 bottles.*, \.\.\. \(99\)") as error:
         METADATA.check_compatible(Path("other.npz"), split)
     assert len(str(error.value)) < 300
 
 
-def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
-    """In the header and at both ends of the data, which is long."""
-    path = tmp_path / "model.safetensors"
-    model = METADATA.build()
-    save_model(path, model, METADATA)
+def check_damaged(path: Path, data: bytes, model: Model) -> None:
+    """Load a model file with damaged bytes, which is an error, or gives the model."""
+    path.write_bytes(data)
+    with refused():
+        loaded, metadata = load_model(path)
+        assert metadata == METADATA
+        assert same_model(loaded, model)
+
+
+def test_any_flipped_bit_is_an_error_or_harmless(saved: tuple[Model, Path], tmp_path: Path) -> None:
+    """Flip each bit of the header, and of both ends of the arrays, which are long."""
+    model, path = saved
     whole = path.read_bytes()
-    size = 8 + int.from_bytes(whole[:8], "little")
-    places = [*range(size + 20), *range(len(whole) - 20, len(whole))]
-    for bit in (8 * place + bit for place in places for bit in range(8)):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
-        try:
-            loaded, metadata = load_model(path)
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1
-        else:
-            assert metadata == METADATA
-            assert mx.array_equal(logits(loaded), logits(model))
+    header_size = 8 + int.from_bytes(whole[:8], "little")
+    for index in (*range(header_size + 20), *range(len(whole) - 20, len(whole))):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[index] ^= 1 << bit
+            check_damaged(tmp_path / "model.safetensors", bytes(flipped), model)
 
 
 SHAPES = st.lists(st.integers(-1, 9) | st.integers(0, 2**40), max_size=4)
 NAMES = st.lists(st.text(max_size=3), max_size=4)
 
 
-@given(params=JSON, image_shape=SHAPES | JSON, class_names=NAMES | JSON, other=JSON)
-@example(None, [2**31 - 1, 2**31 - 1], ["a", "b"], None)
-@example(None, [4, 5], ["a"] * 256, None)
-def test_any_metadata(
-    folder: Path,
-    saved: tuple[Model, Path],
-    params: Any,
-    image_shape: Any,
-    class_names: Any,
-    other: Any,
-) -> None:
+@given(
+    st.fixed_dictionaries(
+        {"image_shape": SHAPES | JSON, "class_names": NAMES | JSON},
+        optional={"params": JSON, "other": JSON},
+    )
+)
+@example({"image_shape": [2**31 - 1, 2**31 - 1], "class_names": ["a", "b"]})
+@example({"image_shape": [4, 5], "class_names": ["a"] * 256})
+def test_any_metadata(folder: Path, saved: tuple[Model, Path], changes: dict[str, Any]) -> None:
     path = folder / "model.safetensors"
-    changes = {"image_shape": image_shape, "class_names": class_names}
-    changes |= {"params": params} if params is not None else {}
-    changes |= {"other": other} if other else {}
     rewrite(path, saved[1], **changes)
     with refused():
         _, metadata = load_model(path)
@@ -180,8 +182,7 @@ TENSOR = st.fixed_dictionaries(
 @example({"a": {"dtype": "U8", "shape": [-1, -1], "data_offsets": [0, 1]}}, b"1")
 def test_any_header(folder: Path, header: dict[str, Any], data: bytes) -> None:
     path = folder / "header.safetensors"
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    write_safetensors(path, header, data)
     with refused():
         load_model(path)
         raise AssertionError("a model without a digest was loaded")
@@ -189,10 +190,5 @@ def test_any_header(folder: Path, header: dict[str, Any], data: bytes) -> None:
 
 @given(data=st.data())
 def test_damaged_bytes(folder: Path, saved: tuple[Model, Path], data: st.DataObject) -> None:
-    path = folder / "damaged.safetensors"
-    model, whole = saved
-    path.write_bytes(data.draw(st.binary() | damaged(whole.read_bytes())))
-    with refused():
-        loaded, metadata = load_model(path)
-        assert metadata == METADATA
-        assert mx.array_equal(logits(loaded), logits(model))
+    model, path = saved
+    check_damaged(folder / "damaged", data.draw(st.binary() | damaged(path.read_bytes())), model)

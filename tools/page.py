@@ -1,64 +1,72 @@
-"""Write page.html, a page to draw a digit on: it holds the model, and works offline anywhere."""
+"""Write page.html, a page to draw a digit on. It contains the model and works offline."""
 
 import json
 from base64 import b64encode
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from numpy.typing import NDArray
 
 from stages.shared.cli import run
 from stages.shared.errors import UserError
 from stages.shared.files import atomic_write
 from stages.shared.model_file import Metadata, load_model
-from tools.predict import BOX, MODEL
+from stages.shared.pictures import BOX_FRACTION
+from tools.predict import MODEL
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PAGE = Path("page.html")
 
+Layer = tuple[mx.array, mx.array]  # weight (inputs, outputs), bias (outputs,)
 
-def forward(layers: list[list[NDArray[np.float32]]], pixels: NDArray[np.float32]) -> Any:
-    """The logits, float32 (N, classes), of `pixels`, (N, inputs), as the page computes them."""
+
+def mlp_forward(layers: list[Layer], activations: mx.array) -> mx.array:
+    """Compute the logits of a multi-layer perceptron, float32 (N, classes), as the page does.
+
+    `activations` are its inputs, float32 (N, inputs). Between layers it has ReLU.
+    """
     for number, (weight, bias) in enumerate(layers):
-        pixels = (pixels if number == 0 else np.maximum(pixels, 0)) @ weight + bias
-    return pixels
+        if number > 0:
+            activations = mx.maximum(activations, 0)
+        activations = activations @ weight + bias
+    return activations
 
 
-def layers_of(model: nn.Module, metadata: Metadata) -> list[list[NDArray[np.float32]]] | None:
-    """The weight and bias of each layer; None if the model computes anything but such layers."""
+def mlp_layers(model: nn.Module, metadata: Metadata) -> list[Layer] | None:
+    """Return the layers of a multi-layer perceptron, or None if `model` is another network."""
     model.eval()
-    arrays = {
-        name: np.array(array) for name, array in dict(tree_flatten(model.parameters())).items()
-    }
-    pixels = np.random.default_rng(0).random((8, *metadata.image_shape), np.float32)
+    arrays = dict(tree_flatten(model.parameters()))
+    names = [f"layers.{n}" for n in range(len(arrays) // 2)]
+    pixels = mx.random.uniform(shape=(8, *metadata.image_shape), key=mx.random.key(0))
     try:
-        layers = [
-            [arrays.pop(f"layers.{number}.{part}") for part in ("weight", "bias")]
-            for number in range(len(arrays) // 2)
-        ]
-        same = np.allclose(forward(layers, pixels.reshape(8, -1)), model(mx.array(pixels)), 0, 1e-3)
-    except (KeyError, ValueError):
+        layers = [(arrays.pop(f"{name}.weight"), arrays.pop(f"{name}.bias")) for name in names]
+        logits = mlp_forward(layers, pixels.reshape(8, -1))
+        is_mlp = mx.allclose(logits, model(pixels), rtol=0, atol=1e-3).item()
+    except (KeyError, ValueError):  # parameters with other names or shapes
         return None
-    return layers if same and not arrays else None
+    return layers if is_mlp and not arrays else None
+
+
+def encode(array: mx.array) -> str:
+    """Encode the values of a float32 array as Base64."""
+    return b64encode(np.array(array).tobytes()).decode()
 
 
 def make_page(path: Path, model: nn.Module, metadata: Metadata) -> str:
-    """Put the model of `path` into the page. Raises `UserError` for one that it cannot run."""
-    remedy = "; use `python -m tools.predict`"
+    """Return the page with the model of `path`. Raises `UserError` if the page cannot run it."""
+    remedy = "use `python -m tools.predict`"
     if metadata.preprocessing != "mnist" or len(metadata.image_shape) != 2:
-        raise UserError(f"{path}: is not a model of digits, which the page draws{remedy}")
-    layers = layers_of(model, metadata)
+        raise UserError(f"{path}: is not a model of digits; {remedy}")
+    layers = mlp_layers(model, metadata)
     if layers is None:
-        raise UserError(f"{path}: is not the multi-layer perceptron that the page can run{remedy}")
+        raise UserError(f"{path}: is not a multi-layer perceptron with ReLU; {remedy}")
     values = {
         "image_shape": metadata.image_shape,
         "class_names": metadata.class_names,
-        "box": BOX,
-        "layers": [[b64encode(array.tobytes()).decode() for array in layer] for layer in layers],
+        "box_fraction": BOX_FRACTION,
+        "layers": [[encode(weight), encode(bias)] for weight, bias in layers],
     }
     text = json.dumps(values).replace("<", r"\u003c")  # a class may be named </script>
     return TEMPLATE.read_text().replace('"MODEL"', text)

@@ -1,6 +1,7 @@
-"""Draw docs/pictures/ from docs/ladder.csv and what the pipeline has made, and its graph.
+"""Draw the pictures of the documents from the pipeline's outputs and docs/ladder.csv.
 
-The graph of the stages is what `dvc dag --md` prints; it goes into docs/pipeline.md.
+It also puts the graph of the stages, as `dvc dag --md` prints it, into docs/pipeline.md. Run it in
+the folder of the project: `PYTHONPATH=. python docs/pictures/draw.py`.
 """
 
 import csv
@@ -26,212 +27,229 @@ from stages.shared.errors import UserError
 from stages.shared.files import atomic_write
 
 PAGE = "docs/pipeline.md"
-MAX_SIZE = 100_000  # bytes of a picture, which the next three hold down
-MAX_EPOCHS = 400  # on a curve
-MAX_CELLS = 800  # of the confusion matrix, the most frequent
-MAX_WRITTEN = 12  # classes, up to which the cells show their figures
+MAX_BYTES = 100_000  # of a picture; the next three limits keep an SVG file below it
+MAX_POINTS = 400  # of a curve
+MAX_CELLS = 800  # of the confusion matrix, those with the highest counts
+MAX_CLASSES_WITH_COUNTS = 12  # of more classes, the cells are too small for their counts
 
-DISTORTIONS = AugmentParams(shift=1, rotation=10, scale=0.1, elastic=1)  # docs/experiments.md
-CARD = (408, 400)  # pixels; two of these fit side by side on GitHub's page, and one on a phone
-INK, GREY, GOOD, BAD = "#24292f", "#57606a", "#6f42c1", "#c2410c"
+DISTORTIONS = AugmentParams(shift=1, rotation=10, scale=0.1, elastic=1)  # as in experiments.md
+CARD_SIZE = (408, 400)  # pixels; two fit side by side on GitHub's page, and one on a phone
+BLACK, GREY, PURPLE, ORANGE = "#24292f", "#57606a", "#6f42c1", "#c2410c"
 AXIS = {"title": None, "domain": False, "ticks": False, "tickCount": 5, "gridColor": "#eaeef2"}
-STYLE = {
+CONFIG = {
     "aria": False,
     "font": "sans-serif",
     "view": {"stroke": None},
     "axis": {**AXIS, "labelColor": GREY, "labelFontSize": 11},
     "text": {"align": "left", "color": GREY, "fontSize": 11},
 }
+CURVES = {  # the metrics in each plot, with their colours
+    "Loss": {"validation_loss": PURPLE, "train_loss": ORANGE},
+    "Accuracy": {"validation_accuracy": PURPLE},
+}
 
 Row = dict[str, str]
 Spec = dict[str, Any]
 
 
-def to_svg(spec: Spec, left: int, top: int, size: tuple[int, int] = CARD) -> bytes:
-    """Render Vega-Lite on a white card, to be read on light and on dark pages.
+def to_svg(spec: Spec, left: int, top: int, size: tuple[int, int] = CARD_SIZE) -> bytes:
+    """Render Vega-Lite on a white card, to be readable on light and on dark pages.
 
-    Nothing is placed by what the fonts of this machine measure, so that the same results have the
-    same coordinates everywhere.
+    `left` and `top` are the position of the first plot in pixels. No position depends on the size
+    of rendered text, because fonts differ: equal results have equal coordinates on all machines.
     """
-    layout = {"autosize": "none", "padding": {"left": left, "top": top}, "config": STYLE}
+    layout = {"autosize": "none", "padding": {"left": left, "top": top}, "config": CONFIG}
     svg = vl_convert.vegalite_to_svg({**spec, **layout}, vl_version="5.21")
-    drawn = svg[svg.index("<g ") :]  # without the size and background of its own
-    drawn = re.sub("<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), drawn)
-    box = 'width="{}" height="{}"'.format(*size)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box} viewBox="0 0 {size[0]} {size[1]}">'
-    return f'{head}<rect {box} rx="8" fill="white"/>{drawn}\n'.encode()
+    content = svg[svg.index("<g ") :]  # without its own size and background
+    content = re.sub("<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), content)
+    width, height = size
+    box = f'width="{width}" height="{height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box} viewBox="0 0 {width} {height}">'
+    return f'{head}<rect {box} rx="8" fill="white"/>{content}\n'.encode()
 
 
-def layer(mark: str, style: Spec, **channels: Spec) -> Spec:
-    """A layer that draws the data by marks."""
+def mark_layer(mark: str, style: Spec, **channels: Spec) -> Spec:
+    """Return a layer that draws the data as marks."""
     return {"mark": {"type": mark, **style}, "encoding": channels}
 
 
-def write(text: str, x: float, y: float, **style: Any) -> Spec:
-    """A layer with `text` at a place in pixels."""
-    return {"data": {"values": [{}]}, **layer("text", {"text": text, "x": x, "y": y, **style})}
+def text_layer(text: str, x: float, y: float, **style: Any) -> Spec:
+    """Return a layer with `text` at a position in pixels."""
+    return {"data": {"values": [{}]}, **mark_layer("text", {"text": text, "x": x, "y": y, **style})}
 
 
-def write_title(text: str, y: float) -> Spec:
-    """A layer with the title of a plot."""
-    return write(text, 0, y, color=INK, fontSize=14, fontWeight="bold")
+def title_layer(text: str, y: float) -> Spec:
+    """Return a layer with the title of a plot."""
+    return text_layer(text, 0, y, color=BLACK, fontSize=14, fontWeight="bold")
 
 
-def number(field: str, **more: Any) -> Spec:
-    """A channel that shows a number."""
-    return {"field": field, "type": "quantitative", **more}
+def quantitative(field: str, **options: Any) -> Spec:
+    """Return a channel that shows a field of numbers."""
+    return {"field": field, "type": "quantitative", **options}
+
+
+def nominal(field: str, **options: Any) -> Spec:
+    """Return a channel that shows a field of names."""
+    return {"field": field, "type": "nominal", **options}
 
 
 def draw_curves(history: list[Row]) -> bytes:
-    """Draw the losses and, where there is a validation split, the accuracy of each epoch."""
+    """Draw the losses and, if there is a validation split, the accuracy of each epoch."""
     rows = [{name: float(cell) for name, cell in row.items() if cell} for row in history]
-    rows = rows[:: -(len(rows) // MAX_EPOCHS + 1)]  # the last one first
-    plots = {
-        "Loss": {"validation_loss": GOOD, "train_loss": BAD},
-        "Accuracy": {"validation_accuracy": GOOD},
-    }
-    width, height = 336, 124 if "validation_loss" in rows[0] else 308
+    rows = rows[:: -(len(rows) // MAX_POINTS + 1)]  # in reverse, to always have the last epoch
+    last = rows[0]
+    width, height = 336, 124 if "validation_loss" in last else 308
     scale = {"nice": False, "zero": False, "padding": 8}
-    whole = {"tickCount": max(1, min(5, len(history) - 1))}  # no half epochs
-    x = number("epoch", scale=scale, axis=whole)
-    drawn: list[Spec] = []
-    for title, figures in plots.items():
-        known = {figure: colour for figure, colour in figures.items() if figure in rows[0]}
-        layers = [write_title(title, -18)]
-        for place, (figure, colour) in enumerate(known.items()):
-            point = len(rows) <= 30 and {"color": colour, "size": 20}
-            look = {} if title == "Loss" else {"format": ".3f"}
-            y = number(figure, title=None, scale={"zero": title == "Loss"}, axis=look)
-            label = f"{figure.partition('_')[0]} {rows[0][figure]:.4f}"
-            layers += [
-                layer("line", {"color": colour, "point": point}, x=x, y=y),
-                write(label, width - 112 * place, -18, align="right", color=colour),
-            ]
-        if known:
-            drawn.append({"width": width, "height": height, "layer": layers})
-    drawn[-1]["layer"].append(write("epoch", width, height + 30, align="right"))
-    spec = {"data": {"values": rows}, "vconcat": drawn, "spacing": 60, "bounds": "flush"}
+    axis = {"tickCount": max(1, min(5, len(history) - 1))}  # only whole epochs
+    x = quantitative("epoch", scale=scale, axis=axis)
+    plots: list[Spec] = []
+    for title, colours in CURVES.items():
+        metrics = [metric for metric in colours if metric in last]
+        layers = [title_layer(title, -18)]
+        for index, metric in enumerate(metrics):
+            colour = colours[metric]
+            point = {"color": colour, "size": 20} if len(rows) <= 30 else False
+            y_axis = {} if title == "Loss" else {"format": ".3f"}
+            y = quantitative(metric, title=None, scale={"zero": title == "Loss"}, axis=y_axis)
+            layers.append(mark_layer("line", {"color": colour, "point": point}, x=x, y=y))
+            label = f"{metric.partition('_')[0]} {last[metric]:.4f}"
+            layers.append(text_layer(label, width - 112 * index, -18, align="right", color=colour))
+        if metrics:
+            plots.append({"width": width, "height": height, "layer": layers})
+    plots[-1]["layer"].append(text_layer("epoch", width, height + 30, align="right"))
+    spec = {"data": {"values": rows}, "vconcat": plots, "spacing": 60, "bounds": "flush"}
     return to_svg(spec, 50, 46)
 
 
-def draw_confusion(pairs: list[Row], classes: Spec, accuracy: dict[str, float]) -> bytes:
-    """Draw how often each class was predicted as which, the mistakes in a hue of their own.
+def confusion_cells(predictions: list[Row]) -> list[Spec]:
+    """Count the pairs of actual and predicted class, the MAX_CELLS most frequent ones.
 
-    The shade of a cell is its share of the class, that of mistakes in proportion to the largest.
+    The shade of a cell is its share of the actual class. Shades of mistakes are scaled so that the
+    largest is 1, because most shares of mistakes are too small to be seen.
     """
-    counts = Counter((pair["actual"], pair["predicted"]) for pair in pairs)
-    totals = Counter(pair["actual"] for pair in pairs)
-    names = list(dict.fromkeys([*classes["accuracy_of"], *sorted(p for _, p in counts)]))
-    most = max((n / totals[a] for (a, p), n in counts.items() if a != p), default=1)
-    cells = [
-        {"actual": a, "predicted": p, "count": n, "shade": n / totals[a] / (1 if a == p else most)}
-        for (a, p), n in counts.most_common(MAX_CELLS)
-    ]
-    written = len(names) <= MAX_WRITTEN
-    longest = min(12, max(map(len, names)))
+    counts = Counter((row["actual"], row["predicted"]) for row in predictions)
+    totals = Counter(row["actual"] for row in predictions)
+    largest = max((n / totals[a] for (a, p), n in counts.items() if a != p), default=1)
+    cells = []
+    for (actual, predicted), count in counts.most_common(MAX_CELLS):
+        share = count / totals[actual]
+        shade = share if actual == predicted else share / largest
+        cells.append({"actual": actual, "predicted": predicted, "count": count, "shade": shade})
+    return cells
+
+
+def draw_confusion(predictions: list[Row], classes: Spec, metrics: dict[str, float]) -> bytes:
+    """Draw how often each class was predicted as which, the mistakes in another colour."""
+    cells = confusion_cells(predictions)
+    predicted = {row["predicted"] for row in predictions}
+    names = list(dict.fromkeys([*classes["accuracy_of"], *sorted(predicted)]))
+    has_counts = len(names) <= MAX_CLASSES_WITH_COUNTS
+    longest = min(12, max(map(len, names)))  # characters
     left, top = 44 + 5 * longest, 78
-    width = CARD[0] - 20 - left
-    slanted = 7 * longest > width / len(names)
-    height = CARD[1] - top - (30 + 5 * longest if slanted else 32)
-    scale = {"domain": names, "padding": 0.04 if written else 0}
-    named = names[:: 1 + (len(names) - 1) // 20]
-    look = {"grid": False, "labelLimit": 72, "values": named, "tickCount": len(named)}
-    x, y = (
-        {"field": field, "type": "nominal", "scale": scale, "axis": {**look, "labelAngle": angle}}
-        for field, angle in (("predicted", -45 if slanted else 0), ("actual", 0))
-    )
-    hue = {"value": BAD, "condition": {"test": "datum.actual == datum.predicted", "value": GOOD}}
-    shade = number("shade", legend=None, scale={"domain": [0, 1], "range": [0.04, 1]})
-    low, high = accuracy["accuracy_95_low"], accuracy["accuracy_95_high"]
+    width = CARD_SIZE[0] - 20 - left
+    is_slanted = 7 * longest > width / len(names)
+    height = CARD_SIZE[1] - top - (30 + 5 * longest if is_slanted else 32)
+
+    scale = {"domain": names, "padding": 0.04 if has_counts else 0}
+    labels = names[:: 1 + (len(names) - 1) // 20]
+    axis = {"grid": False, "labelLimit": 72, "values": labels, "tickCount": len(labels)}
+    x = nominal("predicted", scale=scale, axis={**axis, "labelAngle": -45 if is_slanted else 0})
+    y = nominal("actual", scale=scale, axis={**axis, "labelAngle": 0})
+    correct = {"test": "datum.actual == datum.predicted", "value": PURPLE}
+    colour = {"value": ORANGE, "condition": correct}
+    shade = quantitative("shade", legend=None, scale={"domain": [0, 1], "range": [0.04, 1]})
+    interval = "{accuracy_95_low:.4f} to {accuracy_95_high:.4f}".format_map(metrics)
     layers: list[Spec] = [
-        write_title(f"Accuracy {accuracy['accuracy']:.4f}", -50),
-        write(f"on {len(pairs):,} test images; 95% interval {low:.4f} to {high:.4f}", 0, -32),
-        write("predicted as", 0, -12),
-        write("actual", -7, -12, align="right"),
-        layer("rect", {"cornerRadius": 2 * written}, x=x, y=y, color=hue, opacity=shade),
+        title_layer(f"Accuracy {metrics['accuracy']:.4f}", -50),
+        text_layer(f"on {len(predictions):,} test images; 95% interval {interval}", 0, -32),
+        text_layer("predicted as", 0, -12),
+        text_layer("actual", -7, -12, align="right"),
+        mark_layer("rect", {"cornerRadius": 2 * has_counts}, x=x, y=y, color=colour, opacity=shade),
     ]
-    if written:
-        size = min(11, 1.6 * width / len(names) / len(str(max(counts.values()))))
-        ink = {"value": INK, "condition": {"test": "datum.shade > 0.8", "value": "white"}}
-        figure = {"field": "count", "type": "nominal"}
-        style = {"align": "center", "fontSize": size}
-        layers.append(layer("text", style, x=x, y=y, color=ink, text=figure))
+    if has_counts:
+        most_digits = len(str(cells[0]["count"]))
+        font_size = min(11, 1.6 * width / len(names) / most_digits)
+        style = {"align": "center", "fontSize": font_size}
+        ink = {"value": BLACK, "condition": {"test": "datum.shade > 0.8", "value": "white"}}
+        layers.append(mark_layer("text", style, x=x, y=y, color=ink, text=nominal("count")))
     spec = {"data": {"values": cells}, "width": width, "height": height, "layer": layers}
     return to_svg(spec, left, top)
 
 
 def draw_ladder(rungs: list[Row]) -> bytes:
-    """Draw the accuracy on the test split, mean and deviation, against the time of training."""
-    figures = ("seconds", "test_accuracy", "test_deviation")
-    values = [rung | {figure: float(rung[figure]) for figure in figures} for rung in rungs]
-    middle = max(float(rung["seconds"]) for rung in rungs) / 2
-    x = number("seconds", scale={"zero": True})
-    y = number("test_accuracy", title=None, scale={"zero": False})
-    name = {"field": "name", "type": "nominal"}
-    late = f"datum.seconds > {middle}"  # whose names have no room on the right
-    style = {"align": {"expr": f"{late} ? 'right' : 'left'"}, "dx": {"expr": f"{late} ? -9 : 9"}}
+    """Draw the accuracy on the test split, mean and deviation, over the time of training."""
+    numbers = ("seconds", "test_accuracy", "test_deviation")
+    values = [rung | {name: float(rung[name]) for name in numbers} for rung in rungs]
+    x = quantitative("seconds", scale={"zero": True})
+    y = quantitative("test_accuracy", title=None, scale={"zero": False})
+    # The name of a slow rung is on its left, because there is no space on its right.
+    is_slow = f"datum.seconds > {max(float(rung['seconds']) for rung in rungs) / 2}"
+    align, dx = {"expr": f"{is_slow} ? 'right' : 'left'"}, {"expr": f"{is_slow} ? -9 : 9"}
+    name_style = {"color": BLACK, "align": align, "dx": dx}
     layers = [
-        write_title("Accuracy on the test split", -18),
-        write("seconds of training", 450, 330, align="right"),
-        layer("errorbar", {"color": GOOD}, x=x, y=y, yError={"field": "test_deviation"}),
-        layer("circle", {"color": GOOD, "size": 60, "opacity": 1}, x=x, y=y),
-        layer("text", {"color": INK, **style}, x=x, y=y, text=name),
+        title_layer("Accuracy on the test split", -18),
+        text_layer("seconds of training", 450, 330, align="right"),
+        mark_layer("errorbar", {"color": PURPLE}, x=x, y=y, yError={"field": "test_deviation"}),
+        mark_layer("circle", {"color": PURPLE, "size": 60, "opacity": 1}, x=x, y=y),
+        mark_layer("text", name_style, x=x, y=y, text=nominal("name")),
     ]
     spec = {"data": {"values": values}, "width": 450, "height": 300, "layer": layers}
     return to_svg(spec, 50, 46, (520, 392))
 
 
-def to_png(page: Image.Image) -> bytes:
-    """Save an image in few colours, and smaller if need be."""
+def to_png(picture: Image.Image) -> bytes:
+    """Encode a picture as PNG with 32 colours, scaled down until it has at most MAX_BYTES."""
     while True:
         file = io.BytesIO()
-        page.convert("RGB").quantize(32, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
-        if file.tell() <= MAX_SIZE:
+        palette = picture.convert("RGB").quantize(32, dither=Image.Dither.NONE)
+        palette.save(file, "PNG", optimize=True)
+        if file.tell() <= MAX_BYTES:
             return file.getvalue()
-        page = page.resize((page.width * 4 // 5, page.height * 4 // 5))
+        picture = picture.resize((picture.width * 4 // 5, picture.height * 4 // 5))
 
 
 def draw_distorted(train: Split) -> bytes:
-    """Draw an image of each of the first five classes, each followed by eight distortions of it."""
-    random = np.random.default_rng(0)
-    images = train.images[np.unique(train.labels, return_index=True)[1][:5]]
-    distorted = [np.array(augment(mx.array(images), DISTORTIONS, random)) for _ in range(8)]
+    """Draw an image of each of the first five classes, followed by eight distortions of it."""
+    rng = np.random.default_rng(0)
+    _, first_indices = np.unique(train.labels, return_index=True)
+    images = train.images[first_indices[:5]]
+    distorted = [np.array(augment(mx.array(images), DISTORTIONS, rng)) for _ in range(8)]
     cells = np.stack([images, *np.round(distorted).astype(np.uint8)], axis=1)
-    cells = cells.reshape(*cells.shape[:4], -1)
-    if cells.shape[4] not in (3, 4):  # neither RGB nor RGBA
+    cells = cells.reshape(*cells.shape[:4], -1)  # (5, 9, rows, columns, channels)
+    if cells.shape[4] not in (3, 4):  # not RGB or RGBA: show the first channel
         cells = cells[..., :1].repeat(3, axis=4)
-    framed = np.pad(cells, [(0, 0), (0, 0), (0, 2), (0, 2), (0, 0)], constant_values=255)
-    height, width = (framed.shape[axis] * framed.shape[axis + 2] for axis in (0, 1))
-    page = Image.fromarray(framed.swapaxes(1, 2).reshape(height, width, -1)[:-2, :-2])
-    return to_png(page.resize((2 * page.width, 2 * page.height), Image.Resampling.BOX))
+    cells = np.pad(cells, [(0, 0), (0, 0), (0, 2), (0, 2), (0, 0)], constant_values=255)
+    height, width = cells.shape[0] * cells.shape[2], cells.shape[1] * cells.shape[3]
+    grid = Image.fromarray(cells.swapaxes(1, 2).reshape(height, width, -1)[:-2, :-2])
+    return to_png(grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.BOX))
 
 
 def with_graph(page: str) -> str:
-    """The text of a page with the graph of the stages as `dvc dag --md` prints it now."""
+    """Return the text of a page with the present graph of the stages."""
     graph = subprocess.check_output([sys.executable, "-m", "dvc", "dag", "--md"], text=True)
     return re.sub("```mermaid\n.*?```", lambda _: graph.strip(), page, flags=re.DOTALL)
 
 
-def load(path: str) -> bytes:
-    """The bytes of a file. Raises `UserError` if it is missing."""
+def read_bytes(path: str) -> bytes:
+    """Return the content of a file. Raises `UserError` if it is missing."""
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        remedy = "`make repro` makes those in metrics/, Git has the others"
+        remedy = "run `make repro` for metrics/, `git checkout` for docs/"
         raise UserError(f"{path}: not found; {remedy}") from None
 
 
-def read(path: str) -> Any:
-    """The rows of a table, the values of a JSON file, a split, or an image."""
+def load(path: str) -> Any:
+    """Load a CSV file as a list of rows, JSON, a split, or an image."""
     if path.endswith(".npz"):
         return load_split(Path(path))
-    data = load(path)
+    data = read_bytes(path)
     if path.endswith(".csv"):
         return list(csv.DictReader(io.StringIO(data.decode(), newline="")))
     return json.loads(data) if path.endswith(".json") else Image.open(io.BytesIO(data))
 
 
-# What draws each picture, and from which files.
+# The function that draws each picture, and the files that it shows.
 PICTURES: dict[str, tuple[Callable[..., bytes], tuple[str, ...]]] = {
     "curves.svg": (draw_curves, ("metrics/history.csv",)),
     "confusion.svg": (
@@ -247,13 +265,13 @@ PICTURES: dict[str, tuple[Callable[..., bytes], tuple[str, ...]]] = {
 def draw(name: str) -> bytes:
     """Draw one of `PICTURES`. Raises `UserError` if a file that it shows is missing."""
     function, paths = PICTURES[name]
-    return function(*map(read, paths))
+    return function(*map(load, paths))
 
 
 def main() -> None:
-    drawn = {f"docs/pictures/{name}": draw(name) for name in PICTURES}
-    drawn[PAGE] = with_graph(load(PAGE).decode()).encode()
-    for path, data in drawn.items():
+    files = {f"docs/pictures/{name}": draw(name) for name in PICTURES}
+    files[PAGE] = with_graph(read_bytes(PAGE).decode()).encode()
+    for path, data in files.items():
         with atomic_write(Path(path)) as file:
             file.write(data)
 

@@ -26,7 +26,7 @@ class Split:
 
     `images` are uint8 (N, rows, columns) or (N, rows, columns, channels). `labels` are uint8 (N,),
     indices into `class_names`. `preprocessing` is the way to make such an image from a picture:
-    "mnist" crops and centres it as tools/predict.py does, "" only resizes it. Raises `ValueError`
+    "mnist" crops and centres it as pictures.py does, "" only resizes it. Raises `ValueError`
     for other dtypes, shapes, labels or names.
     """
 

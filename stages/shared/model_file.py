@@ -1,4 +1,4 @@
-"""Weights as safetensors: arrays with metadata, and a model that its file alone can rebuild."""
+"""Save a model as a safetensors file with metadata, and rebuild it from this file alone."""
 
 import json
 from hashlib import sha256
@@ -20,78 +20,96 @@ from stages.shared.files import atomic_write
 
 
 class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a model file says about itself: what `Model` is built from, and its outputs' names."""
+    """What it takes to rebuild a model, prepare its images and name its classes.
+
+    `image_shape` is (rows, columns) or (rows, columns, channels). `class_names` belong to the
+    labels 0, 1, .... `preprocessing` is the one of the training split.
+    """
 
     params: ModelParams
     image_shape: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(min_length=2)]
     class_names: Annotated[tuple[str, ...], Meta(min_length=1, max_length=256)]
-    preprocessing: str = ""  # as of a split
+    preprocessing: str = ""
 
     def build(self) -> Model:
-        """A network of this kind with new weights."""
+        """Return a model of this kind with random weights."""
         return Model(self.params, self.image_shape, len(self.class_names))
 
     def check_compatible(self, path: Path, split: Split) -> None:
-        """Raise `UserError` if `split`, read from `path`, does not fit such a network."""
+        """Raise `UserError` if the model cannot be used for `split`, which was read from `path`."""
         if (split.image_shape, split.class_names) != (self.image_shape, self.class_names):
             raise UserError(
-                f"{path}: has images {split.image_shape} and classes {_few(split.class_names)},"
-                f" but the network is for {self.image_shape} and {_few(self.class_names)}; make the"
-                " splits from one data set"
+                f"{path}: has images {split.image_shape} and classes {_shorten(split.class_names)},"
+                f" but the network is for {self.image_shape} and {_shorten(self.class_names)}; make"
+                " the splits from one data set"
             )
 
 
-def _few(names: tuple[str, ...]) -> str:
+def _shorten(names: tuple[str, ...]) -> str:
+    """Return the first names, and how many there are if not all of them are shown."""
     text = ", ".join(names[:3])
     return f"{text:.60}" + (f", ... ({len(names)})" if len(names) > 3 else "")
 
 
 def save_model(path: Path, model: nn.Module, metadata: Metadata) -> None:
-    """Write the parameters under their names, and `metadata`, to `path`."""
+    """Write the parameters of `model`, under their names in MLX, and `metadata`."""
     save_arrays(path, dict(tree_flatten(model.parameters())), msgspec.to_builtins(metadata))
 
 
 def load_model(path: Path) -> tuple[Model, Metadata]:
-    """Read what `save_model` wrote. Raises `UserError` for a file that is missing or damaged."""
+    """Rebuild the model that `save_model` wrote. Raises `UserError` if it is missing or damaged."""
     check_recorded(path)
     try:
-        arrays, entries = load_arrays(path)
-        metadata = msgspec.convert(entries, Metadata)
-        model = metadata.build()
-        model.load_weights(list(arrays.items()))
+        return _build_checked(*load_arrays(path))
     except FileNotFoundError:
         raise UserError(f"{path}: not found; make it with `dvc repro`") from None
     except (msgspec.ValidationError, ArithmeticError, TypeError, ValueError) as error:
         raise DamagedError(path, error) from None
+
+
+def _build_checked(arrays: dict[str, mx.array], entries: dict[str, Any]) -> tuple[Model, Metadata]:
+    """Build a model from the content of its file. This is the place for checks of a loaded model.
+
+    Raises `msgspec.ValidationError` for other metadata, `ValueError` for arrays with other names or
+    shapes than the model has, and whatever `Model` raises for impossible sizes.
+    """
+    metadata = msgspec.convert(entries, Metadata)
+    model = metadata.build()
+    model.load_weights(list(arrays.items()))
     return model, metadata
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], entries: dict[str, Any]) -> None:
-    """Write `arrays` to `path` as safetensors, with `entries` (as JSON) and a digest of it all."""
+    """Write `arrays` as safetensors, with `entries` as JSON and a SHA-256 of both as metadata."""
     metadata = {key: json.dumps(value) for key, value in entries.items()}
     with atomic_write(path) as file:
         mx.save_safetensors(file, arrays, {**metadata, "sha256": _digest(arrays, metadata)})
 
 
 def load_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Read what `save_arrays` wrote. Raises `ValueError` for a damaged file."""
+    """Read the arrays and entries that `save_arrays` wrote.
+
+    Raises `ValueError` if the file is damaged, and `OSError` if it is missing or cannot be opened.
+    """
+    with path.open("rb"):  # MLX raises RuntimeError if it cannot
+        file_bytes = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
-            arrays, metadata = loaded
-            if sum(array.nbytes for array in arrays.values()) > path.stat().st_size:
-                raise ValueError("its arrays overlap")  # a little file could become a huge one
-            mx.eval(arrays)
-        if metadata.pop("sha256", None) != _digest(arrays, metadata):
-            raise ValueError("its SHA-256 is not the one it names")
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+        arrays, metadata = loaded
+        array_bytes = sum(array.nbytes for array in arrays.values())
+        if array_bytes > file_bytes:  # overlapping arrays of a small file could fill the memory
+            raise ValueError(f"arrays overlap: {array_bytes:,} bytes in a file of {file_bytes:,}")
+        mx.eval(arrays)
+        expected, actual = metadata.pop("sha256", ""), _digest(arrays, metadata)
+        if expected != actual:
+            raise ValueError(f"SHA-256 mismatch: expected {expected!r}, got {actual!r}")
         return arrays, {key: json.loads(value) for key, value in metadata.items()}
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # MLX has several kinds for damaged bytes
+    except Exception as error:  # MLX raises several types for damaged bytes
         raise ValueError(str(error)) from None
 
 
 def _digest(arrays: dict[str, mx.array], metadata: dict[str, str]) -> str:
+    """Return the SHA-256 of metadata, and of the names, dtypes, shapes and values of arrays."""
     digest = sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())

@@ -22,7 +22,7 @@ from stages.shared.metrics import predict
 from stages.shared.model_file import load_model
 from stages.shared.params import read_params
 from tests.conftest import ROOT, Project, clone, commit, stale
-from tools.page import layers_of
+from tools.page import mlp_layers
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -220,7 +220,7 @@ def test_the_weights_elsewhere(package: str, data: str, finished: Project) -> No
     if not (root / "data/model.safetensors").exists():
         pytest.skip("this needs the results of `make repro`")
     model, metadata = load_model(root / "data/model.safetensors")
-    if layers_of(model, metadata) is None:
+    if mlp_layers(model, metadata) is None:
         pytest.skip("docs/predict.md is about the multi-layer perceptron")
     (code,) = (
         block

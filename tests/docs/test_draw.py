@@ -1,4 +1,4 @@
-"""The pictures of the documents show the committed results, and can show any others."""
+"""The pictures of the documents: they show the committed results, and can show any others."""
 
 import csv
 import io
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import draw as pictures
+import draw as script
 import numpy as np
 import pytest
 from draw import (
     DISTORTIONS,
-    MAX_SIZE,
-    MAX_WRITTEN,
+    MAX_BYTES,
+    MAX_CLASSES_WITH_COUNTS,
     PAGE,
     PICTURES,
     draw,
@@ -35,46 +35,45 @@ NUMBER = r"-?\d+(?:\.\d+)?"
 Row = dict[str, str]
 
 
-def elements(svg: bytes) -> list[ElementTree.Element]:
-    return list(ElementTree.fromstring(svg).iter())
-
-
 def texts(svg: bytes) -> list[str]:
-    return [element.text for element in elements(svg) if element.text]
+    return [element.text for element in ElementTree.fromstring(svg).iter() if element.text]
 
 
 def pixels(png: bytes) -> Any:
     return np.array(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
 
 
-def same(drawn: bytes, other: bytes) -> bool:
-    """Whether two pictures have the same pixels, or texts, shapes and places."""
-    if not drawn.startswith(b"<svg"):
-        first, second = pixels(drawn), pixels(other)
+def shapes(svg: bytes) -> str:
+    """Return the tags and attributes of all elements."""
+    elements = ElementTree.fromstring(svg).iter()
+    return "\n".join(f"{element.tag} {sorted(element.items())}" for element in elements)
+
+
+def same(picture: bytes, other: bytes) -> bool:
+    """Return whether two pictures have nearly the same pixels, or texts, shapes and coordinates."""
+    if not picture.startswith(b"<svg"):
+        first, second = pixels(picture), pixels(other)
         return first.shape == second.shape and bool((abs(first - second) < 4).all())
-    shapes = [
-        "\n".join(f"{element.tag} {sorted(element.items())}" for element in elements(svg))
-        for svg in (drawn, other)
-    ]
-    if len({re.sub(NUMBER, "0", shape) for shape in shapes}) > 1 or texts(drawn) != texts(other):
+    first, second = shapes(picture), shapes(other)
+    if re.sub(NUMBER, "0", first) != re.sub(NUMBER, "0", second) or texts(picture) != texts(other):
         return False
-    places, others = (np.array(re.findall(NUMBER, shape), float) for shape in shapes)
-    return bool((abs(places - others) < 0.015).all())  # pixels, cut after two decimals
+    coordinates, others = (np.array(re.findall(NUMBER, text), float) for text in (first, second))
+    return bool((abs(coordinates - others) < 0.015).all())  # pixels, cut after two decimals
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_pictures_show_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_shows_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for path in PICTURES[name][1]:
         if not Path(path).exists():
             pytest.skip(f"{path} is not there; `make repro` makes it")
-    shown = Path("docs/pictures", name).read_bytes()
-    assert len(shown) <= MAX_SIZE
-    if not same(draw(name), shown):
+    committed = Path("docs/pictures", name).read_bytes()
+    assert len(committed) <= MAX_BYTES
+    if not same(draw(name), committed):
         stale(f"docs/pictures/{name} shows other results; run `make pictures`")
 
 
-def test_the_page_has_the_graph_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_has_the_graph_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     page = Path(PAGE).read_text()
     assert "\n```mermaid\nflowchart " in page
@@ -82,7 +81,7 @@ def test_the_page_has_the_graph_of_the_stages(monkeypatch: pytest.MonkeyPatch) -
         stale(f"{PAGE} shows another graph; run `make pictures`")
 
 
-def test_the_ladder_is_that_of_the_documents() -> None:
+def test_ladder_is_the_table_of_the_page() -> None:
     page = (ROOT / "docs/experiments.md").read_text()
     with (ROOT / "docs/ladder.csv").open(newline="") as file:
         rungs = list(csv.DictReader(file))
@@ -97,11 +96,12 @@ def test_the_ladder_is_that_of_the_documents() -> None:
 
 
 def history(epochs: int, validated: bool = True, **last: str) -> list[Row]:
-    """What a training of so many epochs writes, with other figures in the last one."""
-    validation = ("0.5", "0.75") if validated else ("", "")
-    names = ("epoch", "train_loss", "validation_loss", "validation_accuracy")
+    """Return the history of a training, with the values `last` in its last epoch."""
+    validation = {"validation_loss": "0.5", "validation_accuracy": "0.75"}
+    if not validated:
+        validation = dict.fromkeys(validation, "")
     rows = [
-        dict(zip(names, (str(epoch), f"{1 / epoch:.6g}", *validation), strict=True))
+        {"epoch": str(epoch), "train_loss": f"{1 / epoch:.6g}", **validation}
         for epoch in range(1, epochs + 1)
     ]
     return [*rows[:-1], rows[-1] | last]
@@ -110,57 +110,54 @@ def history(epochs: int, validated: bool = True, **last: str) -> list[Row]:
 def confusion(pairs: list[tuple[int, int]], accuracy: float = 0.5) -> bytes:
     rows = [{"actual": f"class {a}", "predicted": f"class {p}"} for a, p in pairs]
     of_class = {f"class {label}": 0.5 for label in sorted({actual for actual, _ in pairs})}
-    figures = {"accuracy": accuracy, "accuracy_95_low": 0.4, "accuracy_95_high": 0.6}
-    return draw_confusion(rows, {"accuracy_of": of_class}, figures)
+    metrics = {"accuracy": accuracy, "accuracy_95_low": 0.4, "accuracy_95_high": 0.6}
+    return draw_confusion(rows, {"accuracy_of": of_class}, metrics)
 
 
-def test_another_figure_in_the_curves_is_noticed() -> None:
-    shown = draw_curves(history(10))
-    assert same(shown, draw_curves(history(10)))
-    assert not same(shown, draw_curves(history(10, validation_accuracy="0.7501")))
-    assert not same(shown, draw_curves([*history(5, train_loss="0.202"), *history(10)[5:]]))
-    assert not same(shown, draw_curves(history(11)))
-    assert not same(shown, draw_curves(history(10, validated=False)))
+def test_curves_depend_on_all_metrics() -> None:
+    curves = draw_curves(history(10))
+    assert same(curves, draw_curves(history(10)))
+    assert not same(curves, draw_curves(history(10, validation_accuracy="0.7501")))
+    assert not same(curves, draw_curves([*history(5, train_loss="0.202"), *history(10)[5:]]))
+    assert not same(curves, draw_curves(history(11)))
+    assert not same(curves, draw_curves(history(10, validated=False)))
 
 
-def test_another_figure_in_the_confusion_is_noticed() -> None:
+def test_confusion_depends_on_all_predictions() -> None:
     pairs = [(0, 0), (0, 1), (1, 1), (1, 1)]
-    shown = confusion(pairs)
-    assert same(shown, confusion(pairs))
-    assert not same(shown, confusion(pairs, accuracy=0.5001))
-    assert not same(shown, confusion([*pairs, (1, 1)]))
-    assert not same(shown, confusion([*pairs[:-1], (1, 0)]))
+    matrix = confusion(pairs)
+    assert same(matrix, confusion(pairs))
+    assert not same(matrix, confusion(pairs, accuracy=0.5001))
+    assert not same(matrix, confusion([*pairs, (1, 1)]))
+    assert not same(matrix, confusion([*pairs[:-1], (1, 0)]))
 
 
-def test_another_figure_on_the_ladder_is_noticed() -> None:
-    names = ("name", "test_accuracy", "test_deviation", "seconds")
-    low, high = (
-        dict(zip(names, cells, strict=True))
-        for cells in (("low", "0.95", "0.0020", "4.5"), ("high", "0.99", "0.0010", "126"))
-    )
-    shown = draw_ladder([low, high])
-    assert same(shown, draw_ladder([low, high]))
-    for change in ({"name": "lower"}, {"test_deviation": "0.0021"}, {"seconds": "4.6"}):
-        assert not same(shown, draw_ladder([low | change, high]))
+def test_ladder_depends_on_all_numbers() -> None:
+    low = {"name": "a", "test_accuracy": "0.95", "test_deviation": "0.0020", "seconds": "4.5"}
+    high = {"name": "b", "test_accuracy": "0.99", "test_deviation": "0.0010", "seconds": "126"}
+    ladder = draw_ladder([low, high])
+    assert same(ladder, draw_ladder([low, high]))
+    for change in ({"name": "c"}, {"test_deviation": "0.0021"}, {"seconds": "4.6"}):
+        assert not same(ladder, draw_ladder([low | change, high]))
 
 
-def test_another_mistake_is_noticed() -> None:
+def test_png_depends_on_small_differences() -> None:
     page = Image.new("RGB", (1208, 670), "white")
-    shown = to_png(page)
+    before = to_png(page)
     page.paste("black", (8, 30, 12, 34))  # a pixel of an image of 28 x 28
-    assert same(shown, shown)
-    assert not same(shown, to_png(page))
+    assert same(before, before)
+    assert not same(before, to_png(page))
 
 
-def test_another_distortion_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distortions_depend_on_the_params(monkeypatch: pytest.MonkeyPatch) -> None:
     train = small_split(50, (28, 28))
-    shown = draw_distorted(train)
-    assert same(shown, draw_distorted(train))
-    monkeypatch.setattr(pictures, "DISTORTIONS", replace(DISTORTIONS, elastic=1.1))
-    assert not same(shown, draw_distorted(train))
+    before = draw_distorted(train)
+    assert same(before, draw_distorted(train))
+    monkeypatch.setattr(script, "DISTORTIONS", replace(DISTORTIONS, elastic=1.1))
+    assert not same(before, draw_distorted(train))
 
 
-def test_the_distortions_are_those_of_the_page() -> None:
+def test_distortions_are_those_of_the_page() -> None:
     page = " ".join((ROOT / "docs/experiments.md").read_text().split())
     *others, last = (f"`{name}: {value}`" for name, value in asdict(DISTORTIONS).items())
     assert f"With {', '.join(others)} and {last}: ![" in page
@@ -168,9 +165,8 @@ def test_the_distortions_are_those_of_the_page() -> None:
 
 @pytest.mark.parametrize("image_shape", [(28, 28), (9, 40, 1), (6, 4, 2), (32, 20, 3), (9, 9, 4)])
 def test_distortions_of_any_images(image_shape: tuple[int, ...]) -> None:
-    train = small_split(50, image_shape, ("ant", "bee", "cow"))
-    png = draw_distorted(train)
-    assert len(png) <= MAX_SIZE
+    png = draw_distorted(small_split(50, image_shape))
+    assert len(png) <= MAX_BYTES
     rows, columns = image_shape[:2]
     assert pixels(png).shape[:2] == (2 * (3 * (rows + 2) - 2), 2 * (9 * (columns + 2) - 2))
 
@@ -179,51 +175,53 @@ def test_distortions_of_any_images(image_shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("epochs", [1, 2, 10_000])
 def test_curves_of_any_training(epochs: int, validated: bool) -> None:
     svg = draw_curves(history(epochs, validated))
-    assert len(svg) <= MAX_SIZE
+    assert len(svg) <= MAX_BYTES
     assert f"train {1 / epochs:.4f}" in texts(svg)
     assert ("validation 0.7500" in texts(svg)) == validated
     assert f"{epochs:,}" in texts(svg)  # on the axis
     assert b"NaN" not in svg
 
 
-@pytest.mark.parametrize("num_classes", [2, MAX_WRITTEN, MAX_WRITTEN + 1, 30, 256])
+@pytest.mark.parametrize(
+    "num_classes", [2, MAX_CLASSES_WITH_COUNTS, MAX_CLASSES_WITH_COUNTS + 1, 30, 256]
+)
 def test_confusion_of_any_classes(num_classes: int) -> None:
-    count = 20_000  # half of them right, the others as wrong as can be
+    count = 20_000  # half of them correct, the others random
     labels = np.random.default_rng(0).integers(0, num_classes, (count, 2))
     labels[: count // 2, 1] = labels[: count // 2, 0]
     svg = confusion([(actual, predicted) for actual, predicted in labels.tolist()])
-    assert len(svg) <= MAX_SIZE
-    written = [int(text) for text in texts(svg) if re.fullmatch(r"\d+", text)]
-    assert sum(written) == (count if num_classes <= MAX_WRITTEN else 0)
+    assert len(svg) <= MAX_BYTES
+    counts = [int(text) for text in texts(svg) if text.isdigit()]
+    assert sum(counts) == (count if num_classes <= MAX_CLASSES_WITH_COUNTS else 0)
     assert texts(svg).count("class 0") == 2  # one on each axis
 
 
-def test_confusion_has_classes_without_examples() -> None:
+def test_confusion_shows_classes_without_examples() -> None:
     svg = confusion([(0, 1), (0, 0)])
     assert texts(svg).count("class 1") == 2  # one on each axis
     assert "NaN" not in svg.decode()
 
 
-def test_mistakes_of_photographs_stay_small() -> None:
+def test_png_of_photographs_is_small() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (670, 1208, 3), np.uint8)
-    assert len(to_png(Image.fromarray(noise))) <= MAX_SIZE
+    assert len(to_png(Image.fromarray(noise))) <= MAX_BYTES
 
 
-def test_pictures_of_other_results(finished: Project) -> None:
+def test_script_draws_other_results(finished: Project) -> None:
     page = finished.read(PAGE)
     Project(finished.root, {"PYTHONPATH": "."}).run("python", "docs/pictures/draw.py")
     shown = texts(finished.read("docs/pictures/confusion.svg"))
     accuracy = json.loads(finished.read("metrics/accuracy.json"))["accuracy"]
     test = SMALL["test"]
     assert f"Accuracy {accuracy:.4f}" in shown
-    assert {*test.class_names} <= {*shown}
+    assert set(test.class_names) <= set(shown)
     assert sum(int(text) for text in shown if text.isdigit()) == len(test)
     assert len(pixels(finished.read("docs/pictures/mistakes.png")))
     assert finished.read(PAGE) != page
     assert '["train"]' in finished.read(PAGE).decode()
 
 
-def test_missing_results_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^metrics/history\.csv: not found; .*`make repro`"):
         draw("curves.svg")

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.docs
 # Of the tests that a copy keeps all are collected, and these run: the quick ones, and what touches
 # the network.
 KEPT = (
-    "code_deps or one_way or plain_loop or learning_rate_of or no_mistake or each_class"
+    "code_deps or one_way or plain_loop or learning_rate_of or without_mistakes or each_class"
     " or lead_somewhere or test_seeds or the_last_bits_alone"
 )
 

@@ -1,9 +1,10 @@
-"""Train the network by SGD. Write data/model.safetensors, and to metrics/ how training went.
+"""Train the network by SGD. Write data/model.safetensors, and its training history to metrics/.
 
-Network, loss and loop are those of MLX's example, a multi-layer perceptron:
+The loop follows MLX's example of a multi-layer perceptron; comments explain where it differs:
 https://ml-explore.github.io/mlx/build/html/examples/mlp.html
 
-MLX is lazy: an operation only adds to a graph, and `mx.eval` or `mx.async_eval` computes it:
+MLX is lazy: an operation only adds to a graph. `mx.eval` computes what the graph leads to and
+waits for the result, `mx.async_eval` does not wait, and `float()` or `np.array()` evaluate, too:
 https://ml-explore.github.io/mlx/build/html/usage/lazy_evaluation.html
 """
 
@@ -13,13 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
 from msgspec import Meta, Struct
 from tqdm import tqdm
 
@@ -38,7 +38,7 @@ from stages.shared.dvc_lock import digest
 from stages.shared.errors import UserError
 from stages.shared.files import save_csv, save_json
 from stages.shared.metrics import normalize, predict
-from stages.shared.model_file import Metadata, save_model
+from stages.shared.model_file import Metadata, flat_parameters, save_model
 from stages.shared.openblas import load_openblas
 from stages.shared.params import read_params
 
@@ -47,6 +47,9 @@ MODEL = Path("data/model.safetensors")
 HISTORY, METRICS = Path("metrics/history.csv"), Path("metrics/training.json")
 # Not a DVC output: DVC deletes outputs before a run. Git ignores it.
 CHECKPOINT = Path("data/checkpoint.safetensors")
+
+Batch = tuple[mx.array, mx.array]  # pixels, float32 (N, *image_shape), and labels, uint8 (N,)
+Step = Callable[[mx.array, mx.array], mx.array]  # updates the weights, returns the mean loss
 
 
 class TrainParams(Struct, frozen=True):
@@ -72,27 +75,28 @@ class Config(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """The examples to learn from, and those to validate on, of which there may be none."""
+    """The training and the validation split; the latter may be empty."""
 
     train: Split
     validation: Split
+
+
+class Training(NamedTuple):
+    """A network, its optimizer, and what the steps of its training depend on."""
+
+    config: Config
+    model: nn.Module
+    optimizer: optim.SGD
+    shards: Shards
 
 
 class EpochMetrics(NamedTuple):
     """A row of the history. Losses are mean cross entropies in nats."""
 
     epoch: int
-    train_loss: float  # mean over the epoch, during which the network changes
+    train_loss: float  # mean over the epoch, while the network changes
     validation_loss: float | None = None  # None without a validation split
     validation_accuracy: float | None = None
-
-    def known(self) -> dict[str, float]:
-        """Return the number of the epoch and the metrics that are not None, by name."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
-
-
-Step = Callable[[mx.array, mx.array], mx.array]  # from pixels and labels to their mean loss
-Batch = tuple[mx.array, mx.array]  # pixels, float32 (N, *image_shape), and labels, uint8 (N,)
 
 
 def loss_fn(model: nn.Module, pixels: mx.array, labels: mx.array) -> mx.array:
@@ -102,7 +106,7 @@ def loss_fn(model: nn.Module, pixels: mx.array, labels: mx.array) -> mx.array:
 
 def make_optimizer(params: TrainParams, num_steps: int) -> optim.SGD:
     """Return SGD with the learning rate schedule of `params` over `num_steps` steps."""
-    learning_rate: Any = params.learning_rate  # or a function of the step
+    learning_rate: float | Callable[[mx.array], mx.array] = params.learning_rate
     if params.learning_rate_schedule == "linear":
         learning_rate = optim.linear_schedule(params.learning_rate, 0.0, num_steps)
     elif params.learning_rate_schedule == "cosine":
@@ -113,44 +117,46 @@ def make_optimizer(params: TrainParams, num_steps: int) -> optim.SGD:
 def batch_iterate(
     split: Split, batch_size: int, augment_params: AugmentParams, rng: np.random.Generator
 ) -> Iterator[Batch]:
-    """Yield minibatches of all examples in random order. Each image is distorted differently."""
+    """Yield minibatches of all examples in random order, each image with its own distortion."""
     indices = shuffled_indices(split, rng)
     for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
-        images = augment(mx.array(split.images[batch]), augment_params, rng)
-        yield normalize(images), mx.array(split.labels[batch])
+        batch_indices = indices[start : start + batch_size]
+        images = augment(mx.array(split.images[batch_indices]), augment_params, rng)
+        yield normalize(images), mx.array(split.labels[batch_indices])
 
 
 def prefetch(batches: Iterator[Batch], stream: mx.Stream) -> Iterator[Batch]:
     """Yield `batches`, computing each one while the previous one is in use.
 
-    An MLX stream is a queue of operations, on a CPU a thread of its own. The training step runs on
-    the default stream, and at the same time `stream` normalizes and distorts the next minibatch.
+    An MLX stream is a queue of operations, on a CPU a thread of its own. An operation belongs to
+    the stream that is current when the operation is called, so the graph of the next minibatch is
+    built for `stream`. The training step runs on the default stream at the same time. MLX itself
+    lets an operation wait for its inputs from another stream.
     """
 
     def start_next() -> Batch | None:
         with mx.stream(stream):
             batch = next(batches, None)
-            if batch:
+            if batch is not None:
                 mx.async_eval(batch)
         return batch
 
     batch = start_next()
-    while batch:
+    while batch is not None:
         next_batch = start_next()
         yield batch
         batch = next_batch
 
 
 def make_step(model: nn.Module, optimizer: optim.SGD, shards: Shards, compiled: bool) -> Step:
-    """Return a function that takes one step of SGD on a minibatch and returns its loss.
+    """Return a function that takes one step of SGD on a minibatch and returns its mean loss.
 
-    MLX has no `backward`: `nn.value_and_grad` makes of `loss_fn` a function that returns the loss
-    and its gradients by the model's parameters, and `optimizer.update` puts new parameters into
-    the model.
+    MLX has no `backward` and no `zero_grad`: `nn.value_and_grad` turns `loss_fn` into a function
+    that returns the loss and new arrays, its gradients with respect to the model's parameters.
     """
-    loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
-    if shards.count > 1:
+    if shards.count == 1:
+        loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
+    else:
         loss_and_grad_fn = shards.value_and_grad(model, loss_fn)
 
     def step(pixels: mx.array, labels: mx.array) -> mx.array:
@@ -166,69 +172,63 @@ def make_step(model: nn.Module, optimizer: optim.SGD, shards: Shards, compiled: 
 def train_epoch(
     model: nn.Module, optimizer: optim.SGD, step: Step, batches: Iterable[Batch]
 ) -> float:
-    """Train for a single epoch. Return the mean loss of its examples."""
-    model.train()
+    """Train for a single epoch. Return the mean loss of its examples.
+
+    `step` only builds a graph. `mx.async_eval(loss)` starts to compute this loss and all that it
+    depends on: also the gradients and the update of the step before. MLX's example calls
+    `mx.eval(model.parameters(), ...)` here instead, which waits in each step and is slower.
+    """
+    model.train()  # `predict` switches to evaluation mode
     losses, sizes = [], []
     for pixels, labels in batches:
         loss = step(pixels, labels)
-        # Start to compute the loss and do not wait for it. MLX computes the new parameters with the
-        # next loss, which depends on them. Waiting in each step would be slower.
         mx.async_eval(loss)
         losses.append(loss)
         sizes.append(len(labels))
-    # No loss depends on the last update, so compute it now.
-    mx.eval(model.parameters(), optimizer.state)
+    mx.eval(model.parameters(), optimizer.state)  # no loss depends on the last update
     return float(np.average(np.array(losses), weights=sizes))
 
 
-class Run(NamedTuple):
-    """What a training run works with."""
+def train(training: Training, splits: Splits, first_epoch: int = 1) -> Iterator[EpochMetrics]:
+    """Train the network in place. Yield the metrics after each epoch.
 
-    config: Config
-    model: nn.Module
-    optimizer: optim.SGD
-    shards: Shards
-
-
-def train(run: Run, splits: Splits, first_epoch: int = 1) -> Iterator[EpochMetrics]:
-    """Train `run.model` in place. Yield the metrics after each epoch.
-
-    The random numbers of an epoch depend on `params.seed` and its number alone, so a resumed run
-    continues with the same ones. Raises `UserError` if training diverges.
+    The random numbers of an epoch depend only on train.seed and on the epoch's number, so a resumed
+    run continues with the same ones. Raises `UserError` if training diverges.
     """
-    params = run.config.train
+    config, model, optimizer, shards = training
+    params = config.train
+    num_batches = math.ceil(len(splits.train) / params.batch_size)
     stream = mx.new_stream(mx.default_device())
-    # On a CPU the compiler takes longer than it saves (docs/speed.md). It would not see that each
-    # shard gets a seed of its own.
-    compiled = mx.default_device() == mx.Device(mx.gpu) and run.shards.count == 1
-    step = make_step(run.model, run.optimizer, run.shards, compiled)
+    # On a CPU, compiling takes longer than it saves (docs/speed.md). With several shards, a
+    # compiled step would use the seeds of its first call for ever.
+    compiled = mx.default_device() == mx.Device(mx.gpu) and shards.count == 1
+    step = make_step(model, optimizer, shards, compiled)
     for epoch in range(first_epoch, params.num_epochs + 1):
         rng = np.random.default_rng((params.seed, epoch))
-        # One number for MLX, which dropout draws from. Both parts have at most 32 bits.
-        run.shards.seed(params.seed << 32 | epoch)
-        batches = batch_iterate(splits.train, params.batch_size, run.config.augment, rng)
-        bar = progress_bar(prefetch(batches, stream), epoch, params, len(splits.train))
-        train_loss = train_epoch(run.model, run.optimizer, step, bar)
-        check_finite(run.model, train_loss, epoch, params)
+        shards.seed(params.seed << 32 | epoch)  # a single number, as MLX needs for dropout
+        batches = batch_iterate(splits.train, params.batch_size, config.augment, rng)
+        # In a terminal, show progress after two seconds.
+        progress_bar = tqdm(
+            prefetch(batches, stream),
+            desc=f"epoch {epoch}/{params.num_epochs}",
+            total=num_batches,
+            leave=False,
+            delay=2,
+            disable=None,
+        )
+        train_loss = train_epoch(model, optimizer, step, progress_bar)
+        check_finite(model, train_loss, epoch, params)
         if len(splits.validation):
-            predictions = predict(run.model, splits.validation)
+            predictions = predict(model, splits.validation)
             yield EpochMetrics(epoch, train_loss, predictions.loss, predictions.accuracy)
         else:
             yield EpochMetrics(epoch, train_loss)
 
 
-def progress_bar(
-    batches: Iterator[Batch], epoch: int, params: TrainParams, num_examples: int
-) -> Iterable[Batch]:
-    """Show the progress of an epoch that takes longer than two seconds, in a terminal."""
-    name, num_batches = f"epoch {epoch}/{params.num_epochs}", num_examples / params.batch_size
-    return tqdm(batches, name, math.ceil(num_batches), leave=False, delay=2, disable=None)
-
-
 def check_finite(model: nn.Module, train_loss: float, epoch: int, params: TrainParams) -> None:
     """Raise `UserError` if the loss or a weight is not a finite number."""
-    arrays = dict(tree_flatten(model.parameters())).values()
-    if not (math.isfinite(train_loss) and all(mx.isfinite(array).all() for array in arrays)):
+    weights = flat_parameters(model).values()
+    if not (math.isfinite(train_loss) and all(mx.isfinite(array).all() for array in weights)):
         raise UserError(
             f"params.yaml: training diverged in epoch {epoch} (loss {train_loss:.4g}); lower"
             f" train.learning_rate (now {params.learning_rate})"
@@ -255,42 +255,42 @@ def select_device(name: str) -> None:
 
 
 def load_splits() -> Splits:
-    """Read the training and the validation split. The test split is for evaluation alone."""
+    """Load the training and the validation split. The test split is for evaluation alone."""
     return Splits(load_split(TRAIN, random_access=True), load_split(VALIDATION, may_be_empty=True))
 
 
-def describe(model_params: ModelParams, splits: Splits) -> Metadata:
-    """Return what a network for `splits` is built from. Raises `UserError` if these differ."""
+def make_metadata(model_params: ModelParams, splits: Splits) -> Metadata:
+    """Return what the network is built from. Raises `UserError` if the splits do not match."""
     split = splits.train
     metadata = Metadata(model_params, split.image_shape, split.class_names, split.preprocessing)
     metadata.check_compatible(VALIDATION, splits.validation)
     return metadata
 
 
-def build(config: Config, metadata: Metadata, num_examples: int, ranks: Ranks) -> Run:
+def make_training(config: Config, metadata: Metadata, num_examples: int, ranks: Ranks) -> Training:
     """Build the network with its first weights, and its optimizer.
 
-    Raises `UserError` if the network, its minibatches or its shards are impossible here.
+    Seeds MLX's random numbers. Raises `UserError` for params that are impossible here.
     """
     params = config.train
     mx.random.seed(params.seed)
     model = metadata.build()
     check_feasible(params, model, num_examples)
-    shards = Shards(params.shards, ranks)
     num_steps = params.num_epochs * math.ceil(num_examples / params.batch_size)
-    return Run(config, model, make_optimizer(params, num_steps), shards)
+    optimizer = make_optimizer(params, num_steps)
+    return Training(config, model, optimizer, Shards(params.shards, ranks))
 
 
 def check_feasible(params: TrainParams, model: nn.Module, num_examples: int) -> None:
-    """Raise `UserError` if a minibatch exceeds the data, or the network exceeds the memory."""
+    """Raise `UserError` if a minibatch exceeds the data, or the weights exceed the memory."""
     if params.batch_size > num_examples:
         raise UserError(
             f"params.yaml: train.batch_size is {params.batch_size}, must be at most {num_examples},"
             " the number of training examples"
         )
-    arrays = dict(tree_flatten(model.parameters())).values()
-    num_bytes = sum(array.nbytes for array in arrays)
-    needed = 4 * num_bytes  # weights, gradients, new weights, and momenta, which MLX always keeps
+    # The first weights are lazy, too: their size is known, but they take no memory yet.
+    num_bytes = sum(array.nbytes for array in flat_parameters(model).values())
+    needed = 4 * num_bytes  # weights, gradients, new weights, and momenta even if momentum is 0
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise UserError(
@@ -299,8 +299,8 @@ def check_feasible(params: TrainParams, model: nn.Module, num_examples: int) -> 
         )
 
 
-def identify(config: Config, splits: Splits, kernels: str) -> dict[str, str]:
-    """Return everything that the result of a run depends on, as versions and hashes."""
+def fingerprint(config: Config, splits: Splits, kernels: str) -> dict[str, str]:
+    """Return hashes and versions of what a checkpoint and all ranks must have in common."""
     return {
         "code or packages": code_hash(),
         "params.yaml": config_hash(config),
@@ -309,73 +309,69 @@ def identify(config: Config, splits: Splits, kernels: str) -> dict[str, str]:
     }
 
 
-def check_ranks(ranks: Ranks, run: Run, splits: Splits, identity: dict[str, str]) -> None:
-    """Raise `UserError` unless all ranks have the same inputs and compute the same bits."""
+def check_ranks(ranks: Ranks, training: Training, splits: Splits, inputs: dict[str, str]) -> None:
+    """Raise `UserError` unless all ranks have the same inputs and compute the same logits."""
     if ranks.size == 1:
         return
-    logits = predict(run.model, splits.train[: run.config.train.batch_size]).logits
+    logits = predict(training.model, splits.train[: training.config.train.batch_size]).logits
     ranks.check_same_on_all_ranks(
         {
-            **identity,
+            **inputs,
             "the checkpoint": digest(CHECKPOINT) if CHECKPOINT.is_file() else "",
             "the result of a matrix product": sha256(logits.data).hexdigest(),
         }
     )
 
 
-class Progress:
-    """The history of a run, which resumes from its checkpoint if an earlier run stopped."""
+def resume(training: Training, inputs: dict[str, str]) -> list[EpochMetrics]:
+    """Continue where an earlier run stopped: restore weights and optimizer, return its history."""
+    rows = load_checkpoint(CHECKPOINT, inputs, training.model, training.optimizer)
+    return [EpochMetrics(*row) for row in rows]
 
-    def __init__(self, run: Run, identity: dict[str, str]) -> None:
-        self.run, self.identity = run, identity
-        rows = load_checkpoint(CHECKPOINT, identity, run.model, run.optimizer)
-        self.history = [EpochMetrics(*row) for row in rows]
-        self.epoch_started = time.perf_counter()
 
-    def start(self) -> None:
-        """Print that the run is resumed, if it is, and restore the history that DVC deleted."""
-        if self.history:
-            epochs = len(self.history)
-            print(f"resumed after epoch {epochs}, where an earlier run stopped", flush=True)
-            self.save_history()
+def save_progress(training: Training, inputs: dict[str, str], history: list[EpochMetrics]) -> None:
+    """Write the checkpoint, and the history for `dvc plots show` to follow the training."""
+    save_csv(HISTORY, EpochMetrics._fields, history)
+    save_checkpoint(CHECKPOINT, inputs, training.model, training.optimizer, history)
 
-    def report(self, metrics: EpochMetrics, num_examples: int) -> None:
-        """Save and print the metrics of an epoch of `num_examples`."""
-        self.history.append(metrics)
-        self.save_history()
-        run = self.run
-        save_checkpoint(CHECKPOINT, self.identity, run.model, run.optimizer, self.history)
-        now = time.perf_counter()
-        rate = num_examples / (now - self.epoch_started)
-        self.epoch_started = now
-        num_epochs = str(run.config.train.num_epochs)
-        number = f"epoch {metrics.epoch:{len(num_epochs)}}/{num_epochs}"
-        values = [f"{name} {value:.4f}" for name, value in metrics.known().items()][1:]
-        print(number, *values, f"{rate:,.0f} examples/s", sep="  ", flush=True)
 
-    def save_history(self) -> None:
-        """Write the metrics of the epochs so far, for `dvc plots show` to follow the training."""
-        save_csv(HISTORY, EpochMetrics._fields, self.history)
+def known_values(metrics: EpochMetrics) -> dict[str, float]:
+    """Return the epoch and the metrics that are not None, by name."""
+    return {name: value for name, value in metrics._asdict().items() if value is not None}
+
+
+def print_epoch(metrics: EpochMetrics, num_epochs: int, examples_per_second: float) -> None:
+    """Print one line about an epoch."""
+    values = known_values(metrics)
+    epoch = f"epoch {values.pop('epoch'):{len(str(num_epochs))}}/{num_epochs}"
+    columns = [f"{name} {value:.4f}" for name, value in values.items()]
+    print(epoch, *columns, f"{examples_per_second:,.0f} examples/s", sep="  ", flush=True)
 
 
 def main(ranks: Ranks) -> None:
     config = read_config()
     select_device(config.train.device)
-    kernels = load_openblas(config.train.threads)
+    kernels = load_openblas(config.train.threads)  # before the first matrix product
     splits = load_splits()
-    metadata = describe(config.model, splits)
-    run = build(config, metadata, len(splits.train), ranks)
-    identity = identify(config, splits, kernels)
-    progress = Progress(run, identity)
-    check_ranks(ranks, run, splits, identity)
-    if ranks.rank == 0:  # which alone prints and writes
-        progress.start()
-    for metrics in train(run, splits, first_epoch=len(progress.history) + 1):
-        if ranks.rank == 0:
-            progress.report(metrics, len(splits.train))
-    if ranks.rank == 0:
-        save_model(MODEL, run.model, metadata)
-        last = progress.history[-1].known()
+    metadata = make_metadata(config.model, splits)
+    training = make_training(config, metadata, len(splits.train), ranks)
+    inputs = fingerprint(config, splits, kernels)
+    history = resume(training, inputs)
+    check_ranks(ranks, training, splits, inputs)
+    is_first = ranks.rank == 0  # the rank that prints and writes
+    if history and is_first:
+        print(f"resumed after epoch {len(history)}, where an earlier run stopped", flush=True)
+        save_progress(training, inputs, history)  # DVC deleted the history
+    started = time.perf_counter()
+    for metrics in train(training, splits, first_epoch=len(history) + 1):
+        history.append(metrics)
+        if is_first:
+            save_progress(training, inputs, history)
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            print_epoch(metrics, config.train.num_epochs, len(splits.train) / seconds)
+    if is_first:
+        save_model(MODEL, training.model, metadata)
+        last = known_values(history[-1])
         save_json(METRICS, {name: round(value, 6) for name, value in last.items()})
         CHECKPOINT.unlink(missing_ok=True)
 

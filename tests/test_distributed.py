@@ -281,9 +281,9 @@ def test_interruption_ends_all_processes(sign: signal.Signals, project: Project)
             {"shards": 2},
             mpirun(4),
             {},
-            r"params\.yaml: train\.shards is 2, .* 4 processes .*multiple",
+            r"params\.yaml: train\.shards is 2, .* 4 .*at most 2",
         ),
-        ({}, mpirun(3), {}, r"params\.yaml: train\.shards is 8, .* 3 processes .*multiple"),
+        ({}, mpirun(3), {}, r"params\.yaml: train\.shards is 8, .* 3 processes .*at most 8"),
         ({"momentum": 2}, mpirun(2), {}, r"params\.yaml: train\.momentum is 2, must be .*0\.999"),
         ({}, mpirun(2), {"MLX_MPI_LIBNAME": "nowhere.so"}, "LAUNCHER: .*Open MPI.*docs/scale.md"),
         (

@@ -24,8 +24,8 @@ from stages.shared.params import read_params
 from stages.train import (
     Config,
     EpochMetrics,
-    Run,
     Splits,
+    Training,
     TrainParams,
     batch_iterate,
     loss_fn,
@@ -71,16 +71,16 @@ class Network(nn.Module):
         return self.layers[1](self.dropout(hidden))
 
 
-def new_run(
+def new_training(
     params: TrainParams, dropout: float = 0.0, augment_params: AugmentParams = UNDISTORTED
-) -> Run:
-    """Return a run at its start."""
+) -> Training:
+    """Return a network with its first weights, and its optimizer."""
     mx.random.seed(params.seed)
     num_steps = params.num_epochs * math.ceil(len(TRAIN) / params.batch_size)
     unused: Any = None  # the network's own params
     config = Config(unused, augment_params, params)
     optimizer = make_optimizer(params, num_steps)
-    return Run(config, Network(dropout=dropout), optimizer, Shards(params.shards, Ranks()))
+    return Training(config, Network(dropout=dropout), optimizer, Shards(params.shards, Ranks()))
 
 
 def weights(model: nn.Module) -> dict[str, mx.array]:
@@ -94,7 +94,7 @@ def train_all(
     augment_params: AugmentParams = UNDISTORTED,
 ) -> tuple[dict[str, mx.array], list[EpochMetrics]]:
     """Train from start to end; return the weights and the history."""
-    run = new_run(params, dropout, augment_params)
+    run = new_training(params, dropout, augment_params)
     history = list(train(run, Splits(TRAIN, validation)))
     return weights(run.model), history
 
@@ -108,7 +108,7 @@ def train_plainly(params: TrainParams) -> tuple[dict[str, mx.array], list[EpochM
     def plain_loss_fn(model: Network, x: mx.array, y: mx.array) -> mx.array:
         return mx.mean(nn.losses.cross_entropy(model(x), y))
 
-    run = new_run(params)
+    run = new_training(params)
     model: Any = run.model
     optimizer = run.optimizer
     loss_and_grad_fn = nn.value_and_grad(model, plain_loss_fn)
@@ -223,13 +223,13 @@ def test_no_validation_split_gives_no_validation_metrics() -> None:
 
 
 def test_dropout_is_off_in_evaluation() -> None:
-    run = new_run(PARAMS, dropout=0.5)
+    run = new_training(PARAMS, dropout=0.5)
     history = list(train(run, Splits(TRAIN, VALIDATION)))
     assert predict(run.model, VALIDATION).loss == history[-1].validation_loss
     assert history[-1].train_loss > train_all(PARAMS)[1][-1].train_loss
 
 
-def diverge(run: Run) -> str:
+def diverge(run: Training) -> str:
     """Return the error that training ends with."""
     with pytest.raises(UserError) as error:
         list(train(run, Splits(TRAIN, EMPTY)))
@@ -237,7 +237,7 @@ def diverge(run: Run) -> str:
 
 
 def test_diverged_loss_stops_training() -> None:
-    run = new_run(PARAMS)
+    run = new_training(PARAMS)
     run.model.layers[1].weight *= 1e38
     assert re.fullmatch(
         rf"params\.yaml: .*epoch 1 .*nan.* train\.learning_rate .*{PARAMS.learning_rate}.*",
@@ -246,7 +246,7 @@ def test_diverged_loss_stops_training() -> None:
 
 
 def test_diverged_weight_stops_training() -> None:
-    run = new_run(PARAMS)
+    run = new_training(PARAMS)
     run.model.layers[0].bias = mx.full((16,), -mx.inf)  # ReLU hides it from the loss
     assert re.search(r"epoch 1 \(loss \d", diverge(run))
 
@@ -271,12 +271,12 @@ def test_resumed_run_ends_like_an_undisturbed_one(
     splits = Splits(TRAIN, VALIDATION)
     expected, history = train_all(params, VALIDATION, dropout, augment_params)
 
-    stopped = new_run(params, dropout, augment_params)
+    stopped = new_training(params, dropout, augment_params)
     epochs = train(stopped, splits)
     rows = [next(epochs) for _ in range(stopped_after)]
     save_checkpoint(path, identity, stopped.model, stopped.optimizer, rows)
 
-    run = new_run(params, dropout, augment_params)
+    run = new_training(params, dropout, augment_params)
     saved = load_checkpoint(path, identity, run.model, run.optimizer)
     resumed = [EpochMetrics(*row) for row in saved]
     assert len(resumed) == stopped_after

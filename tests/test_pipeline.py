@@ -76,6 +76,16 @@ def test_stages_import_only_shared_modules_and_the_model() -> None:
             assert path.name == "model_file.py"
 
 
+@pytest.mark.parametrize("package", ["bench", "stages", "tests", "tools"])
+def test_packages_win_over_installed_ones(package: str, tmp_path: Path) -> None:
+    """Mako 1.4.0, for example, installs a top-level package called tools."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    project = Project(ROOT, {"PYTHONPATH": str(tmp_path)})
+    found = project.run("python", "-c", f"import {package}; print({package}.__file__)")
+    assert Path(found.strip()).parent == ROOT / package
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_is_the_docstring(stage: str, finished: Project) -> None:
     module = module_of(stage)

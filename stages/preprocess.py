@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from stages.shared.cli import run
 from stages.shared.data import Split, save_split
 from stages.shared.dvc_lock import check_recorded
-from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import map_file
+from stages.shared.errors import UserError
+from stages.shared.files import map_file, reading
 from stages.shared.params import read_params
 
 DATA = Path("data")
@@ -57,12 +57,8 @@ def decode_idx(data: bytes | mmap.mmap) -> NDArray[np.uint8]:
 
 def read_file(path: Path, decode: Callable[[mmap.mmap], Any]) -> Any:
     """Decode the bytes of a file. Raises `UserError` if it is missing or damaged."""
-    try:
+    with reading(path, "get it with `dvc repro fetch`"):
         return decode(map_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; get it with `dvc repro fetch`") from None
-    except ValueError as error:
-        raise DamagedError(path, error) from None
 
 
 def read_raw(folder: Path, prefix: str) -> Split:

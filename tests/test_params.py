@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec import Meta, Struct
 
 from stages.shared.errors import UserError
-from stages.shared.params import MAX_DEPTH, MAX_SIZE, check_section, read_params, read_sections
+from stages.shared.params import MAX_SIZE, check_section, read_params, read_sections
 from tests.conftest import ROOT, STAGES
 from tests.faults.hostile import JSON, damaged, refused
 
@@ -226,10 +226,10 @@ NOT_PLAIN = [
     (GOOD + f"? [{LONG * 9}]\n: 1", f"line 7: ...key ['{LONG[:50]}...quotes"),
     (GOOD + "  <<: {device: gpu}", "line 7: <<...quotes"),
     (f"{GOOD}---\n{GOOD}", "line 7: ...single document...another"),
-    ("[" * 9999, f"line 1: ...more than {MAX_DEPTH} levels...fewer"),
-    ("{a: " * 3000, f"line 1: ...more than {MAX_DEPTH} levels...fewer"),
-    ("? " * 5000, f"line 1: ...more than {MAX_DEPTH} levels...fewer"),
-    ("a:\n - " + "- " * 5000, f"line 2: ...more than {MAX_DEPTH} levels...fewer"),
+    ("[" * 9999, "line 1: ...levels...fewer"),
+    ("{a: " * 3000, "line 1: ...levels...fewer"),
+    ("? " * 5000, "line 1: ...levels...fewer"),
+    ("a:\n - " + "- " * 5000, "line 2: ...levels...fewer"),
     ("\na: [", "line 2: ...node content...end"),
     ("a: {x{, \n", "line 1: ...expected ',' or '}'...'{'"),
     ("a: 1\n\tb: 2", r"line 2: ...'\t'"),
@@ -292,13 +292,6 @@ NODES = [
 )
 def test_anchor_alias_tag_or_directive(text: str, line: int, tmp_path: Path) -> None:
     check_rejected(text, f"line {line}: ...anchor...alias...tag...directive...plain", tmp_path)
-
-
-def test_deepest_nesting(tmp_path: Path) -> None:
-    lists = MAX_DEPTH - 2  # within two mappings: the sections and `train`
-    value = "[" * lists + "1" + "]" * lists
-    assert str(read(f"train: {{value: {value}}}", Anything, tmp_path).value) == value
-    check_rejected(f"train: {{value: [{value}]}}", f"line 1: ...{MAX_DEPTH} levels", tmp_path)
 
 
 # Half of these have another value by the rules of YAML 1.1.

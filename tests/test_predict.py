@@ -17,7 +17,7 @@ from stages.shared.model_file import Metadata, load_model, save_model
 from stages.shared.params import read_params
 from stages.shared.pictures import read_picture
 from tests.conftest import ROOT, SMALL, Project, stale
-from tools.predict import MODEL, check_supported, main, rank_classes
+from tools.predict import MODEL, load, main, rank_classes
 
 PARAMS = read_params("model", ModelParams, ROOT / "params.yaml")
 DIGITS = Metadata(PARAMS, (28, 28), tuple("0123456789"), "mnist")
@@ -129,11 +129,14 @@ def test_unreadable_model_of_another_name(
 @pytest.mark.parametrize(
     ("shape", "preprocessing"), [((28, 28), "emnist"), ((28, 28, 3), "mnist"), ((28, 28, 7), "")]
 )
-def test_model_of_unsupported_images(shape: tuple[int, ...], preprocessing: str) -> None:
+def test_model_of_unsupported_images(
+    shape: tuple[int, ...], preprocessing: str, tmp_path: Path
+) -> None:
     metadata = Metadata(PARAMS, shape, ("a", "b"), preprocessing)
-    pattern = rf"^model: .*{re.escape(str(shape))}.*{preprocessing!r}.*; .*pictures\.py"
+    save_model(tmp_path / "model", metadata.build(), metadata)
+    pattern = rf"/model: .*{re.escape(str(shape))}.*{preprocessing!r}.*; .*pictures\.py"
     with pytest.raises(UserError, match=pattern):
-        check_supported(Path("model"), metadata)
+        load(tmp_path / "model")
 
 
 def test_digits_of_scikit_learn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from stages.shared.cli import run
 from stages.shared.errors import UserError
 from stages.shared.files import atomic_write
-from stages.shared.model_file import Metadata, load_model
+from stages.shared.model_file import Metadata, flat_parameters, load_model
 from stages.shared.pictures import BOX_FRACTION
 from tools.predict import MODEL
 
@@ -37,7 +36,7 @@ def mlp_forward(layers: list[Layer], activations: mx.array) -> mx.array:
 def mlp_layers(model: nn.Module, metadata: Metadata) -> list[Layer] | None:
     """Return the layers of a multi-layer perceptron, or None if `model` is another network."""
     model.eval()
-    arrays = dict(tree_flatten(model.parameters()))
+    arrays = flat_parameters(model)
     names = [f"layers.{n}" for n in range(len(arrays) // 2)]
     pixels = mx.random.uniform(shape=(8, *metadata.image_shape), key=mx.random.key(0))
     try:

@@ -11,7 +11,6 @@ averaging to 20 x 20 pixels, aspect ratio kept, and its centre of mass is moved 
 import io
 import json
 import sys
-from argparse import ArgumentParser
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from stages.model import Model
-from stages.shared import cli
+from stages.shared.cli import argument_parser, run
 from stages.shared.data import Split
 from stages.shared.errors import UserError
 from stages.shared.metrics import predict
@@ -33,14 +32,6 @@ MODEL = Path("data/model.safetensors")
 Ranking = list[tuple[str, float]]  # classes with their probabilities, the most probable first
 
 
-def check_supported(path: Path, metadata: Metadata) -> None:
-    """Raise `UserError` if pictures cannot be prepared for this model."""
-    shape, preprocessing = metadata.image_shape, metadata.preprocessing
-    if not is_supported(shape, preprocessing):
-        problem = f"images {shape} with preprocessing {preprocessing!r:.60} are not supported"
-        raise UserError(f"{path}: {problem}; extend stages/shared/pictures.py")
-
-
 def load(path: Path) -> tuple[Model, Metadata]:
     """Load a model for pictures. Raises `UserError` if it cannot be loaded or is not supported."""
     try:
@@ -50,7 +41,10 @@ def load(path: Path) -> tuple[Model, Metadata]:
             raise
         problem, _, _ = str(error).rpartition(";")  # without the remedy: DVC makes only MODEL
         raise UserError(f"{problem}; name another file") from None
-    check_supported(path, metadata)
+    shape, preprocessing = metadata.image_shape, metadata.preprocessing
+    if not is_supported(shape, preprocessing):
+        problem = f"images {shape} with preprocessing {preprocessing!r:.60} are not supported"
+        raise UserError(f"{path}: {problem}; extend stages/shared/pictures.py")
     return model, metadata
 
 
@@ -94,22 +88,20 @@ def rank_classes(model: Model, metadata: Metadata, images: list[Pixels]) -> list
     return rankings
 
 
-def to_json(name: str, ranking: Ranking) -> str:
-    """Format the ranking for a picture as one line of JSON."""
-    first, *runners_up = [{"class": label, "probability": p} for label, p in ranking]
-    return json.dumps({"file": name, **first, "runners_up": runners_up})
+def print_json(rankings: dict[str, Ranking]) -> None:
+    """Print a line of JSON per picture."""
+    for name, ranking in rankings.items():
+        first, *runners_up = [{"class": label, "probability": p} for label, p in ranking]
+        print(json.dumps({"file": name, **first, "runners_up": runners_up}))
 
 
-def to_row(name: str, ranking: Ranking) -> list[str]:
-    """Format the ranking for a picture as cells of a table."""
-    row = [escape(name)]
-    for label, probability in ranking:
-        row += [escape(label), f"{probability:7.2%}"]
-    return row
-
-
-def print_table(rows: list[list[str]]) -> None:
-    """Print rows of cells in aligned columns."""
+def print_table(rankings: dict[str, Ranking]) -> None:
+    """Print a row per picture, in aligned columns."""
+    rows = []
+    for name, ranking in rankings.items():
+        rows.append([escape(name)])
+        for label, probability in ranking:
+            rows[-1] += [escape(label), f"{probability:7.2%}"]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
@@ -121,26 +113,17 @@ def main(files: list[str], model: Path, as_json: bool) -> None:
         load_openblas(1)
     network, metadata = load(model)
     images = read_images(files, metadata)
-    rankings = rank_classes(network, metadata, list(images.values())) if images else []
-    if as_json:
-        for name, ranking in zip(images, rankings, strict=True):
-            print(to_json(name, ranking))
-    else:
-        print_table([to_row(*pair) for pair in zip(images, rankings, strict=True)])
+    if images:
+        rankings = rank_classes(network, metadata, list(images.values()))
+        print_rankings = print_json if as_json else print_table
+        print_rankings(dict(zip(images, rankings, strict=True)))
     if len(images) < len(set(files)):
         sys.exit(1)
 
 
-def argument_parser() -> ArgumentParser:
-    """Return the parser of the command line."""
-    parser = cli.argument_parser(__doc__)
-    parser.add_argument("files", metavar="IMAGE", nargs="+", help='"-" is standard input')
-    parser.add_argument(
-        "--model", metavar="FILE", type=Path, default=MODEL, help=f"instead of {MODEL}"
-    )
-    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON lines")
-    return parser
-
-
 if __name__ == "__main__":
-    cli.run(main, argument_parser())
+    parser = argument_parser(__doc__)
+    parser.add_argument("files", metavar="IMAGE", nargs="+", help='"-" is standard input')
+    parser.add_argument("--model", metavar="FILE", type=Path, default=MODEL, help="another model")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON lines")
+    run(main, parser)

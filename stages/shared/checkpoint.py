@@ -12,6 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from stages.shared.data import Split
+from stages.shared.errors import DamagedError
 from stages.shared.model_file import load_arrays, save_arrays
 
 
@@ -75,7 +76,7 @@ def load_checkpoint(
         return []
     try:
         arrays, entries = load_arrays(path)
-    except ValueError:
+    except DamagedError:
         return []
     if entries.get("identity") != identity:
         return []

@@ -121,7 +121,7 @@ def load_split(path: Path, *, may_be_empty: bool = False, random_access: bool = 
         raise UserError(f"{path}: has no {min(missing)}.npy; it must hold {', '.join(REQUIRED)}")
     try:
         class_names = tuple(map(str, arrays["class_names"].ravel()))
-        preprocessing = "".join(map(str, arrays.get("preprocessing", np.array("")).ravel()))
+        preprocessing = str(arrays.get("preprocessing", np.array("")).item())
         split = Split(arrays["images"], arrays["labels"], class_names, preprocessing)
     except (SystemError, ValueError) as error:  # SystemError: a name is not valid Unicode
         raise UserError(f"{path}: {error}") from None

@@ -1,16 +1,15 @@
-"""Write files atomically, and map files into memory."""
+"""Write files atomically, map files into memory, and report files that cannot be read."""
 
 import csv
 import io
 import json
 import mmap
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from stages.shared.errors import UserError
+from stages.shared.errors import DamagedError, UserError
 
 
 @contextmanager
@@ -29,11 +28,28 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
         temporary.replace(path)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        reason = error.strerror or error
         raise UserError(f"{path}: cannot be written ({reason}); fix that and rerun") from None
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def reading(path: Path, remedy: str = "make it with `dvc repro`") -> Iterator[None]:
+    """Raise `UserError` if the block finds that the file at `path` is missing or damaged.
+
+    `remedy` is for a missing file. A `UserError` of the block passes, and so does a
+    `PermissionError`, because such a file is not damaged.
+    """
+    try:
+        yield
+    except (UserError, PermissionError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; {remedy}") from None
+    except Exception as error:  # libraries raise a dozen types for damaged bytes
+        raise DamagedError(path, error) from None
 
 
 def map_file(path: Path) -> mmap.mmap:

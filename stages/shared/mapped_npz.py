@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import map_file
+from stages.shared.errors import UserError
+from stages.shared.files import map_file, reading
 
 
 def map_npz(path: Path, *, random_access: bool = False) -> dict[str, NDArray[Any]]:
@@ -24,22 +24,15 @@ def map_npz(path: Path, *, random_access: bool = False) -> dict[str, NDArray[Any
     Raises `UserError` if the file is missing, compressed, damaged or holds Python objects.
     """
     arrays = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            file = map_file(path)
-            # Every array, also an unknown one: its name could be damaged.
-            for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED:
-                    raise UserError(f"{path}: is compressed; write it with np.savez")
-                arrays[member.filename.removesuffix(".npy")] = _map_array(archive, member, file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; make it with `dvc repro`") from None
-    except (UserError, PermissionError):
-        raise
-    except Exception as error:  # zipfile and NumPy raise a dozen types for damaged bytes
-        raise DamagedError(path, error) from None
-    if random_access:
-        file.madvise(mmap.MADV_RANDOM)
+    with reading(path), zipfile.ZipFile(path) as archive:
+        file = map_file(path)
+        if random_access:
+            file.madvise(mmap.MADV_RANDOM)
+        # Every array, also an unknown one: its name could be damaged.
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path}: is compressed; write it with np.savez")
+            arrays[member.filename.removesuffix(".npy")] = _map_array(archive, member, file)
     return arrays
 
 

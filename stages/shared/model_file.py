@@ -15,8 +15,8 @@ from msgspec import Meta, Struct
 from stages.model import Model, ModelParams
 from stages.shared.data import Split
 from stages.shared.dvc_lock import check_recorded
-from stages.shared.errors import DamagedError, UserError
-from stages.shared.files import atomic_write
+from stages.shared.errors import UserError
+from stages.shared.files import atomic_write, reading
 
 
 class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,17 +38,15 @@ class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
     def check_compatible(self, path: Path, split: Split) -> None:
         """Raise `UserError` if the model cannot be used for `split`, which was read from `path`."""
         if (split.image_shape, split.class_names) != (self.image_shape, self.class_names):
-            raise UserError(
-                f"{path}: has images {split.image_shape} and classes {_shorten(split.class_names)},"
-                f" but the network is for {self.image_shape} and {_shorten(self.class_names)}; make"
-                " the splits from one data set"
-            )
+            problem = f"has {_describe(split)}, but the network is for {_describe(self)}"
+            raise UserError(f"{path}: {problem}; make the splits from one data set")
 
 
-def _shorten(names: tuple[str, ...]) -> str:
-    """Return the first names, and how many there are if not all of them are shown."""
-    text = ", ".join(names[:3])
-    return f"{text:.60}" + (f", ... ({len(names)})" if len(names) > 3 else "")
+def _describe(data: Split | Metadata) -> str:
+    """Describe images and classes by their shape, the first names and the number of the names."""
+    names = ", ".join(data.class_names[:3])
+    more = f", ... ({len(data.class_names)})" if len(data.class_names) > 3 else ""
+    return f"images {data.image_shape} and classes {names:.60}{more}"
 
 
 def flat_parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -62,25 +60,16 @@ def save_model(path: Path, model: nn.Module, metadata: Metadata) -> None:
 
 
 def load_model(path: Path) -> tuple[Model, Metadata]:
-    """Rebuild the model that `save_model` wrote. Raises `UserError` if it is missing or damaged."""
-    check_recorded(path)
-    try:
-        return _build_checked(*load_arrays(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; make it with `dvc repro`") from None
-    except (msgspec.ValidationError, ArithmeticError, TypeError, ValueError) as error:
-        raise DamagedError(path, error) from None
+    """Rebuild the model that `save_model` wrote.
 
-
-def _build_checked(arrays: dict[str, mx.array], entries: dict[str, Any]) -> tuple[Model, Metadata]:
-    """Build a model from the content of its file. This is the place for checks of a loaded model.
-
-    Raises `msgspec.ValidationError` for other metadata, `ValueError` for arrays with other names or
-    shapes than the model has, and whatever `Model` raises for impossible sizes.
+    Raises `UserError` if the file is missing, damaged or of another network.
     """
-    metadata = msgspec.convert(entries, Metadata)
-    model = metadata.build()
-    model.load_weights(list(arrays.items()))
+    check_recorded(path)
+    arrays, entries = load_arrays(path)
+    with reading(path):
+        metadata = msgspec.convert(entries, Metadata)
+        model = metadata.build()
+        model.load_weights(list(arrays.items()))
     return model, metadata
 
 
@@ -94,23 +83,22 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], entries: dict[str, Any]
 def load_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Read the arrays and entries that `save_arrays` wrote.
 
-    Raises `ValueError` if the file is damaged, and `OSError` if it is missing or cannot be opened.
+    Raises `UserError` if the file is missing or damaged.
     """
-    with path.open("rb"):  # MLX raises RuntimeError if it cannot
-        file_bytes = path.stat().st_size
-    try:
+    with reading(path):
+        path.open("rb").close()  # MLX raises RuntimeError if it cannot
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
         array_bytes = sum(array.nbytes for array in arrays.values())
+        file_bytes = path.stat().st_size
         if array_bytes > file_bytes:  # overlapping arrays of a small file could fill the memory
             raise ValueError(f"arrays overlap: {array_bytes:,} bytes in a file of {file_bytes:,}")
         mx.eval(arrays)
         expected, actual = metadata.pop("sha256", ""), _digest(arrays, metadata)
         if expected != actual:
             raise ValueError(f"SHA-256 mismatch: expected {expected!r}, got {actual!r}")
-        return arrays, {key: json.loads(value) for key, value in metadata.items()}
-    except Exception as error:  # MLX raises several types for damaged bytes
-        raise ValueError(str(error)) from None
+        entries = {key: json.loads(value) for key, value in metadata.items()}
+    return arrays, entries
 
 
 def _digest(arrays: dict[str, mx.array], metadata: dict[str, str]) -> str:

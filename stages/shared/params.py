@@ -5,7 +5,8 @@ Fields have no defaults, so params.yaml is the only place that holds a value.
 
 DVC reads params.yaml too, by the rules of YAML 1.2. PyYAML follows YAML 1.1, where `1e-1` is text
 and `yes` is true. `Loader` therefore resolves scalars by YAML 1.2 rules, and rejects text that DVC
-might read as another value.
+might read as another value. DVC's own parser, ruamel.yaml, is not used here, because it accepts
+aliases, which can expand without limit, and raises many types of errors.
 """
 
 import json
@@ -19,8 +20,7 @@ import yaml
 
 from stages.shared.errors import UserError
 
-MAX_SIZE = 1 << 14  # bytes of the file, to bound memory and time
-MAX_DEPTH = 8  # lists and mappings around a value, to bound recursion
+MAX_SIZE = 16_384  # bytes of the file, to bound memory and time
 
 # Control characters, bytes that are not UTF-8 (decoded to surrogates), and U+0085, U+2028 and
 # U+2029, which end a line for PyYAML but not for DVC.
@@ -28,9 +28,9 @@ FORBIDDEN = re.compile("[^\t\n\r -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U000100
 
 # The scalars without quotes that are not text. The first pattern that matches defines the type.
 # The first four are the core schema of YAML 1.2, except for spellings that DVC reads in another way
-# (0x20, 040, 1_000) and numbers above 1e200, which could be infinite as a float. "ambiguous" is
-# everything else that is a number, a date or a special key for DVC, YAML 1.1 or YAML 1.2, or looks
-# like one.
+# (0x20, 040, 1_000) and numbers of more than 100 digits or with an exponent of more than two, which
+# could be infinite as a float. "ambiguous" is everything else that is a number, a date or a special
+# key for DVC, YAML 1.1 or YAML 1.2, or looks like one.
 SCALARS = {
     "null": "|~|null|Null|NULL",
     "bool": "true|True|TRUE|false|False|FALSE",
@@ -38,6 +38,7 @@ SCALARS = {
     "float": r"[-+]?((0|[1-9][0-9]{0,99})(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?|\.[0-9]+)",
     "ambiguous": r"[-+]?([._]*[0-9][\s\S]*|\.(?i:inf|nan))|<<|=",
 }
+TAG = "tag:yaml.org,2002:"  # in front of the names of the types
 
 # Words for a JSON schema's types and limits.
 TYPES = {"integer": "a whole number", "boolean": "true or false", "array": "a list"}
@@ -55,7 +56,7 @@ def read_params(section: str, params_class: type[T], path: Path = Path("params.y
     """Return `section` of the YAML file at `path` as an instance of `params_class`.
 
     Raises `UserError` with the key, its value and the allowed values if a key is missing, unknown,
-    of the wrong type or out of range, and in the cases of `read_sections`.
+    of the wrong type or out of range, also for the reasons that `read_sections` raises.
     """
     sections = read_sections(path)
     try:
@@ -110,7 +111,7 @@ def _convert(value: object, allowed: Any, key: str) -> Any:
     """Return `value` as the type `allowed`. Raises `ValueError` with the allowed values."""
     try:
         return msgspec.convert(value, allowed)
-    except ValueError:
+    except ValueError:  # msgspec.ValidationError; UnicodeEncodeError for half a surrogate pair
         problem = f"{key} is {value!r:.60}, must be {_describe(allowed)}"
         raise ValueError(problem + _suggest(value, allowed)) from None
 
@@ -156,19 +157,22 @@ def _parse(text: str) -> Any:
     try:
         return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
-        line = (error.problem_mark or loader.get_mark()).line + 1
+        line = (error.problem_mark or loader.get_mark()).line
         problem = ", ".join(filter(None, [error.context, error.problem]))
-        raise ValueError(f"line {line}: {problem}") from None
+    except RecursionError:
+        line, problem = loader.line, "has too many levels; write fewer"
     except (ValueError, OverflowError):  # from chr(), for an escape such as \U00110000
-        problem = "has an escape that is not a character; correct it"
-        raise ValueError(f"line {loader.line + 1}: {problem}") from None
+        line, problem = loader.line, "has an escape that is not a character; correct it"
+    raise ValueError(f"line {line + 1}: {problem}")
+
+
+def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    """Return an error in the line of `mark`."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 class Loader(yaml.SafeLoader):
     """PyYAML's loader for plain YAML with the scalars of YAML 1.2."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012  # without those of YAML 1.1
-    depth = 0  # lists and mappings around the next node
 
     def reject_syntax(self) -> NoReturn:
         """Reject aliases, which can expand without limit, and syntax that changes types."""
@@ -177,16 +181,6 @@ class Loader(yaml.SafeLoader):
 
     # PyYAML's scanner calls these where such a token begins.
     fetch_anchor = fetch_alias = fetch_tag = fetch_directive = reject_syntax
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose the next node. Reject it if it is nested too deeply."""
-        if self.depth > MAX_DEPTH:
-            problem = f"has more than {MAX_DEPTH} levels; write fewer"
-            raise _error(problem, self.peek_event().start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Construct a mapping. Reject a key that is not text or appears twice."""
@@ -205,12 +199,8 @@ class Loader(yaml.SafeLoader):
         problem = "is ambiguous or too large; write a plain decimal number, or put text in quotes"
         raise _error(f"{_escape(node.value)} {problem}", node.start_mark)
 
-
-def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
-    """Return an error in the line of `mark`."""
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-
-
-for name, pattern in SCALARS.items():
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(rf"({pattern})\Z"), None)
-Loader.add_constructor("tag:yaml.org,2002:ambiguous", Loader.reject_scalar)
+    # Patterns for scalars with any first character (None), instead of those of YAML 1.1.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        None: [(TAG + name, re.compile(rf"({pattern})\Z")) for name, pattern in SCALARS.items()]
+    }
+    yaml_constructors = yaml.SafeLoader.yaml_constructors | {TAG + "ambiguous": reject_scalar}

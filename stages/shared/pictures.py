@@ -132,31 +132,23 @@ def centre_digit(ink: Ink, rows: int, columns: int) -> Pixels:
     ink = ink[top:bottom, left:right]
     height, width = ink.shape
     step = max(height / (BOX_FRACTION * rows), width / (BOX_FRACTION * columns))
-    y, x = centre_of_mass(ink)
-    row_weights = resampling_weights(rows, height, y, step)
-    column_weights = resampling_weights(columns, width, x, step)
+    row_weights = resampling_weights(rows, ink.sum(axis=1), step)
+    column_weights = resampling_weights(columns, ink.sum(axis=0), step)
     digit = row_weights @ ink @ column_weights.T
     return np.rint(digit / digit.max() * 255).astype(np.uint8)
 
 
-def centre_of_mass(ink: Ink) -> tuple[float, float]:
-    """Return the centre of mass (y, x) of `ink`, in pixels from its top left corner."""
-    height, width = ink.shape
-    y = ink.sum(axis=1) @ (np.arange(height) + 0.5) / ink.sum()
-    x = ink.sum(axis=0) @ (np.arange(width) + 0.5) / ink.sum()
-    return y, x
+def resampling_weights(size: int, ink: Ink, step: float) -> Ink:
+    """Return the weights that resample an axis to `size` pixels, float64 (size, len(ink)).
 
-
-def resampling_weights(size: int, old_size: int, centre: float, step: float) -> Ink:
-    """Return the weights that resample `old_size` pixels to `size`, float64 (size, old_size).
-
-    The new pixels are `step` old pixels apart, and the middle one is at `centre`. Each is the mean
-    over an interval of `step` old pixels. If `step` is less than 1, the interval is one old pixel,
-    which gives linear interpolation.
+    `ink` is the ink of each old pixel. The new pixels are `step` old pixels apart, and the middle
+    is the centre of mass. Each is the mean over an interval of `step` old pixels. If `step` is less
+    than 1, the interval is one old pixel, which gives linear interpolation.
     """
-    width = max(step, 1.0)
+    starts = np.arange(len(ink))
+    centre = ink @ (starts + 0.5) / ink.sum()
     middles = centre + (np.arange(size)[:, None] + 0.5 - size / 2) * step
-    starts = np.arange(old_size)
+    width = max(step, 1.0)
     overlaps = np.minimum(middles + width / 2, starts + 1) - np.maximum(middles - width / 2, starts)
     return overlaps.clip(0) / width
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import yaml
+from dvc.utils.serialize import modify_yaml
 from hypothesis import settings
 
 from stages.shared import cli
@@ -108,10 +109,9 @@ class Project:
         return params
 
     def set(self, section: str = "train", /, **values: Any) -> None:
-        """Set params of a section."""
-        params = self.params()
-        params[section].update(values)
-        (self.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        """Set params of a section, as `dvc exp run -S` does: comments stay."""
+        with modify_yaml(self.root / "params.yaml") as params:
+            params[section].update(values)
 
     def read(self, file: str) -> bytes:
         return (self.root / file).read_bytes()

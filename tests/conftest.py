@@ -1,5 +1,6 @@
 """Small splits of made-up data, and temporary clones of the project that train on them."""
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import yaml
+from dvc.utils.serialize import modify_yaml
 from hypothesis import settings
 
 from stages.shared import cli
@@ -23,7 +25,7 @@ from stages.shared.openblas import load_openblas
 
 load_openblas(1)  # as the stages do
 
-# The same cases each time, whatever failed before, on however slow a machine; CASES says how many.
+# Hypothesis tries the same cases in each run, CASES of them, however slow the machine is.
 settings.register_profile(
     "project",
     max_examples=int(os.environ.get("CASES", "100")),
@@ -36,10 +38,9 @@ settings.load_profile("project")
 ROOT = Path(__file__).parent.parent
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 GIT_IDENTITY = {
-    "GIT_AUTHOR_NAME": "Test",
-    "GIT_AUTHOR_EMAIL": "test@localhost",
-    "GIT_COMMITTER_NAME": "Test",
-    "GIT_COMMITTER_EMAIL": "test@localhost",
+    f"GIT_{role}_{key}": value
+    for role in ("AUTHOR", "COMMITTER")
+    for key, value in (("NAME", "Test"), ("EMAIL", "test@localhost"))
 }
 
 
@@ -49,11 +50,14 @@ def small_split(
     class_names: tuple[str, ...] = ("ant", "bee", "cow"),
     seed: int = 0,
 ) -> Split:
-    """A noisy pattern for each class, quickly learned, and a few wrong labels."""
+    """Return `count` images of a noisy pattern per class, quickly learned, a few labelled wrongly.
+
+    The patterns do not depend on the seed.
+    """
     patterns = np.random.default_rng(0).integers(0, 200, (len(class_names), *image_shape))
-    random = np.random.default_rng((1, seed))
-    labels = random.integers(0, len(class_names), count).astype(np.uint8)
-    images = patterns[labels] + random.integers(0, 56, (count, *image_shape))
+    rng = np.random.default_rng((1, seed))
+    labels = rng.integers(0, len(class_names), count).astype(np.uint8)
+    images = patterns[labels] + rng.integers(0, 56, (count, *image_shape))
     labels[::25] = 0
     return Split(images.astype(np.uint8), labels, class_names)
 
@@ -66,25 +70,33 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all cases of a property may write to."""
+    """Create a folder that all cases of a property test may write to."""
     return tmp_path_factory.mktemp("folder")
 
 
 @dataclass
 class Project:
-    """A clone of this repository, and the environment in which its commands run."""
+    """A clone of this repository, and additional environment variables for its commands."""
 
     root: Path
     extra: dict[str, str]
 
     def environment(self) -> dict[str, str]:
-        """What an activated environment is."""
-        binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, **GIT_IDENTITY, "PATH": binaries, **self.extra}
+        """Return the environment for commands, in which the packages are activated."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, **GIT_IDENTITY, "PATH": path, **self.extra}
+
+    def with_variables(self, **variables: str) -> "Project":
+        """Return the same clone with more environment variables."""
+        return Project(self.root, {**self.extra, **variables})
 
     def run(self, *command: str, ok: bool | None = True) -> str:
-        """Run a command in it, which must end well or not, or may do either; return its output."""
-        with tempfile.TemporaryFile("w+") as log:  # no pipe, which workers of DVC's would hold open
+        """Run a command in the clone. Return its output.
+
+        Raises `AssertionError` unless it succeeds, or fails if `ok` is False. If `ok` is None, it
+        may do either.
+        """
+        with tempfile.TemporaryFile("w+") as log:  # background processes of DVC hold a pipe open
             status = subprocess.run(
                 command,
                 cwd=self.root,
@@ -99,48 +111,57 @@ class Project:
         return printed
 
     def repro(self, ok: bool = True) -> list[str]:
-        """Run `dvc repro`; return the stages that ran, in order."""
+        """Run `dvc repro`. Return the stages that ran, in order."""
         return re.findall("Running stage '(.*)'", self.run("dvc", "repro", ok=ok))
 
     def params(self) -> dict[str, Any]:
-        """What params.yaml holds."""
+        """Return the content of params.yaml."""
         params: dict[str, Any] = yaml.safe_load((self.root / "params.yaml").read_text())
         return params
 
     def set(self, section: str = "train", /, **values: Any) -> None:
-        """Set params of a section."""
-        params = self.params()
-        params[section].update(values)
-        (self.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        """Set params of a section. All other text of params.yaml stays, including comments."""
+        path = self.root / "params.yaml"
+        before, heading, lines = re.split(rf"^({section}:.*\n)", path.read_text(), flags=re.M)
+        for name, value in values.items():
+            lines, count = re.subn(
+                rf"^( +{name}: *)[^ \n]*", rf"\g<1>{json.dumps(value)}", lines, count=1, flags=re.M
+            )
+            assert count, f"{section} has no {name}"
+        path.write_text(before + heading + lines)
 
     def read(self, file: str) -> bytes:
         return (self.root / file).read_bytes()
 
+    def append(self, file: str, text: str) -> None:
+        with (self.root / file).open("a") as opened:
+            opened.write(text)
+
     def results(self) -> dict[Path, bytes]:
-        """All files that its stages and DVC have made, but for DVC's cache."""
+        """Return all files that the stages and DVC write, without DVC's cache."""
         found = [self.root / "dvc.lock", *self.root.glob("data/**/*"), *self.root.glob("metrics/*")]
         return {path.relative_to(self.root): path.read_bytes() for path in found if path.is_file()}
 
     def clone(self, root: Path) -> "Project":
-        """Clone it, as far as it is committed, to `root`."""
+        """Clone the last commit to `root`."""
         self.run("git", "clone", "--quiet", ".", str(root))
         return Project(root, self.extra)
 
     def use_cache(self, cache: Path) -> None:
-        """Let DVC keep its data in `cache`, and take from there what it has of them."""
+        """Make `cache` DVC's cache, and check out the outputs that it has."""
         self.run("dvc", "cache", "dir", "--local", str(cache))
         self.run("dvc", "checkout", "--allow-missing")
 
     def wait_for_queue(self) -> None:
         """Wait until the experiments in the queue have run."""
         while re.search("Queued|Running", status := self.run("dvc", "queue", "status")):
-            time.sleep(2)  # asking takes a second of a core
+            time.sleep(2)  # the command itself takes a second of CPU time
         assert "Failed" not in status
-        self.run("dvc", "queue", "stop", "--kill")  # a worker may miss that there is no more to do
+        self.run("dvc", "queue", "stop", "--kill")  # a worker may miss its end
 
 
 def error_of(main: Callable[[], None], project: Project, patch: pytest.MonkeyPatch) -> str:
-    """Run a stage that a mistake must end; return the one line it says. Nothing else changes."""
+    """Run a stage that must end in an error and change no result. Return its one line."""
     patch.chdir(project.root)
     patch.setattr("sys.argv", ["stage"])
     before = project.results()
@@ -153,49 +174,43 @@ def error_of(main: Callable[[], None], project: Project, patch: pytest.MonkeyPat
 
 
 def stale(reason: str) -> NoReturn:
-    """Skip what the documents tell of other results than the committed ones; CI alone insists.
+    """Skip a test of documents that state other results than the committed ones. Fail it in CI.
 
-    Somebody whose params are better need not write the documents first.
+    Somebody who finds better params need not rewrite the documents before `make test` passes.
     """
     if "CI" in os.environ:
         pytest.fail(reason)
     pytest.skip(reason)
 
 
-def clone(root: Path, **environment: str) -> Project:
-    """Copy this repository as it stands, but for what Git ignores, to `root`."""
+def clone(root: Path, **variables: str) -> Project:
+    """Copy this repository with its uncommitted changes, without ignored files, to `root`."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     for name in subprocess.check_output(listing, cwd=ROOT, text=True).split("\0"):
         if (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
-    return Project(root, environment)
+    return Project(root, variables)
 
 
 def commit(project: Project, message: str) -> None:
-    """Commit all there is, to a new repository if there is none."""
+    """Commit all files. Create the repository if there is none."""
     project.run("git", "init", "--quiet", "--initial-branch=main")
     project.run("git", "add", ".")
     project.run("git", "commit", "--quiet", f"--message={message}")
 
 
-def bring_data(project: Project) -> None:
-    """Put small splits, tracked by `dvc add`, in the place of the stages that make the data."""
-    path = project.root / "dvc.yaml"
-    pipeline = yaml.safe_load(path.read_text())
-    stages = pipeline["stages"]
-    files = [f"data/{name}.npz" for name in SMALL]
-    makers = {name for name, stage in stages.items() if set(stage.get("outs", ())) & set(files)}
-    while makers:  # and whatever these need
-        needed = {dep for name in makers for dep in stages.pop(name)["deps"]}
-        makers = {name for name, stage in stages.items() if set(stage.get("outs", ())) & needed}
-    path.write_text(yaml.safe_dump(pipeline, sort_keys=False))
+def use_small_data(project: Project) -> None:
+    """Replace the stages that make the data by small splits that `dvc add` tracks."""
+    with modify_yaml(project.root / "dvc.yaml") as pipeline:
+        for name in pipeline["stages"].keys() - {"train", "evaluate"}:
+            del pipeline["stages"][name]
     (project.root / "dvc.lock").unlink(missing_ok=True)
-    for tracked in (project.root / "data").glob("*.dvc"):  # data of a copy's own, not cloned
-        tracked.unlink()
+    for record in (project.root / "data").glob("*.dvc"):  # of a copy with its own data
+        record.unlink()
     for name, split in SMALL.items():
         save_split(project.root / f"data/{name}.npz", split)
-    project.run("dvc", "add", "--quiet", *files)
+    project.run("dvc", "add", "--quiet", *(f"data/{name}.npz" for name in SMALL))
 
 
 def finish(project: Project) -> None:
@@ -207,10 +222,10 @@ def finish(project: Project) -> None:
 
 @pytest.fixture(scope="session")
 def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A clone with small data in which `dvc repro` has run and its results are committed."""
+    """Clone this repository with small data, run `dvc repro` and commit the results."""
     project = clone(tmp_path_factory.mktemp("finished"))
     project.run("git", "init", "--quiet", "--initial-branch=main")
-    bring_data(project)
+    use_small_data(project)
     project.set(batch_size=32, num_epochs=5, learning_rate=0.1, threads=1)
     finish(project)
     return project
@@ -218,7 +233,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def finished(finished_once: Project, tmp_path: Path) -> Iterator[Project]:
-    """A copy of `finished_once` to do anything with."""
+    """Copy `finished_once`, for a test to change."""
     root = shutil.copytree(finished_once.root, tmp_path / "project", symlinks=True)
     yield Project(root, {})
     shutil.rmtree(root)

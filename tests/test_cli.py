@@ -1,4 +1,4 @@
-"""How a stage ends."""
+"""How a command line ends: one line for a mistake, a traceback for a bug."""
 
 import os
 import subprocess
@@ -10,70 +10,63 @@ import pytest
 
 from stages.shared.cli import argument_parser, run
 from stages.shared.errors import UserError
+from tests.conftest import ROOT
 
 
-def ends_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> object:
+def run_main_that_raises(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> None:
         raise error
 
     monkeypatch.setattr("sys.argv", ["stage"])
-    with pytest.raises(SystemExit) as stop:
-        run(main)
-    return stop.value.code
-
-
-def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ends_with(UserError("file: bad; fix it"), monkeypatch) == "error: file: bad; fix it"
+    run(main)
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
+        (UserError("file: bad; fix it"), "error: file: bad; fix it"),
         (
             OSError(EACCES, "Permission denied", "data/file"),
             "error: data/file: Permission denied; fix that and rerun",
         ),
         (OSError(ENOSPC, "No space left"), "error: disk: No space left; fix that and rerun"),
+        (KeyboardInterrupt(), "interrupted"),
     ],
 )
-def test_what_the_machine_refuses_is_one_line(
-    error: OSError, line: str, monkeypatch: pytest.MonkeyPatch
+def test_error_that_the_user_can_fix_is_one_line(
+    error: BaseException, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert ends_with(error, monkeypatch) == line
-
-
-def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ends_with(KeyboardInterrupt(), monkeypatch) == "interrupted"
+    with pytest.raises(SystemExit) as stop:
+        run_main_that_raises(error, monkeypatch)
+    assert stop.value.code == line
 
 
 @pytest.mark.parametrize("bug", [KeyError("bug"), OSError(EBADF, "Bad file descriptor")])
-def test_a_bug_keeps_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def main() -> None:
-        raise bug
-
-    monkeypatch.setattr("sys.argv", ["stage"])
+def test_bug_keeps_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(type(bug)):
-        run(main)
+        run_main_that_raises(bug, monkeypatch)
 
 
-@pytest.mark.parametrize("lines", [1, 100_000])  # left in the buffer at the end, or too many for it
-def test_nobody_reads_on(lines: int, tmp_path: Path) -> None:
-    (tmp_path / "tool.py").write_text(
-        f"""
+TOOL = """
 from stages.shared.cli import run
 
 def main():
-    for _ in range({lines}):
+    for _ in range({}):
         print("a line")
 
 run(main)
 """
-    )
+
+
+# One line is flushed at the end, 100,000 lines are more than the buffer holds.
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_closed_standard_output_ends_quietly(lines: int, tmp_path: Path) -> None:
+    (tmp_path / "tool.py").write_text(TOOL.format(lines))
     reader, writer = os.pipe()
     os.close(reader)
     tool = subprocess.run(
         [sys.executable, tmp_path / "tool.py"],
-        env={"PYTHONPATH": str(Path(__file__).parents[1])},
+        env={"PYTHONPATH": str(ROOT)},
         stdout=writer,
         stderr=subprocess.PIPE,
         check=False,
@@ -82,25 +75,25 @@ run(main)
     assert (tool.returncode, tool.stderr) == (1, b"")
 
 
-def test_arguments_reach_main(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+def test_arguments_are_passed_to_main(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
     def main(files: list[str], fast: bool) -> None:
-        found.append((files, fast))
+        calls.append((files, fast))
 
     parser = argument_parser("")
     parser.add_argument("files", nargs="+")
     parser.add_argument("--fast", action="store_true")
     monkeypatch.setattr("sys.argv", ["tool", "a", "b", "--fast"])
     run(main, parser)
-    assert found == [(["a", "b"], True)]
+    assert calls == [(["a", "b"], True)]
 
 
-def test_a_stage_has_no_options(
+def test_stage_rejects_options(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["stage", "--fast"])
     with pytest.raises(SystemExit) as stop:
         run(lambda: None)
     assert stop.value.code == 2
-    assert "unrecognized arguments: --fast" in capsys.readouterr().err
+    assert "--fast" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def browse(page: Path, *options: str) -> str:
 
 
 @pytest.mark.skipif(not BROWSER, reason="there is no Chromium")
-def test_plots_draw_without_internet(finished: Project, tmp_path: Path) -> None:
+def test_plots_are_drawn_without_internet(finished: Project, tmp_path: Path) -> None:
     finished.run("dvc", "plots", "show")
     page = finished.root / "dvc_plots/index.html"
     assert PLOT not in browse(page, "--dump-dom")  # Vega is in .venv, which is missing

@@ -1,4 +1,4 @@
-"""Sharing experiments, results and models between clones."""
+"""Experiments, results and models are shared between clones."""
 
 import os
 import re
@@ -17,14 +17,24 @@ import requests
 from tests.conftest import Project, commit
 
 MODEL = "data/model.safetensors"
+SSHD_CONFIG = """\
+ListenAddress 127.0.0.1
+Port {port}
+HostKey {folder}/host
+AuthorizedKeysFile {folder}/user.pub
+StrictModes no
+PidFile none
+Subsystem sftp internal-sftp
+"""
 
 
-def check_push_and_pull(project: Project, other: Path, *remote_commands: list[str]) -> None:
-    """Push to a remote, pull in another clone, and check that nothing has to run there."""
+def check_push_and_pull(project: Project, other: Path, url: str, **options: str) -> None:
+    """Push to a remote with these options, pull in a clone, and check that nothing runs there."""
     clone = project.clone(other)
     for each in (project, clone):
-        for command in remote_commands:
-            each.run("dvc", "remote", *command)
+        each.run("dvc", "remote", "add", "--local", "--default", "storage", url)
+        for option, value in options.items():
+            each.run("dvc", "remote", "modify", "--local", "storage", option, value)
     project.run("dvc", "push")
     clone.run("dvc", "pull")
     assert clone.repro() == []
@@ -32,23 +42,18 @@ def check_push_and_pull(project: Project, other: Path, *remote_commands: list[st
     assert clone.run("git", "status", "--porcelain") == ""
 
 
-def add_remote(url: str) -> list[str]:
-    return ["add", "--local", "--default", "storage", url]
-
-
-def modify_remote(option: str, value: str) -> list[str]:
-    return ["modify", "--local", "storage", option, value]
-
-
-def test_folder_as_remote(finished: Project, tmp_path: Path) -> None:
-    check_push_and_pull(finished, tmp_path / "clone", add_remote(str(tmp_path / "storage")))
+def test_clone_pulls_from_a_folder(finished: Project, tmp_path: Path) -> None:
+    check_push_and_pull(finished, tmp_path / "clone", str(tmp_path / "storage"))
 
 
 def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def is_open(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager
@@ -57,20 +62,18 @@ def server(command: list[str], port: int) -> Iterator[None]:
     with subprocess.Popen(command) as process:
         try:
             deadline = time.monotonic() + 20
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                    break
-                except OSError:
-                    assert process.poll() is None and time.monotonic() < deadline
-                    time.sleep(0.1)
+            while not is_open(port):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
             yield
         finally:
             process.terminate()
 
 
 @pytest.mark.remotes
-def test_s3_as_remote(finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clone_pulls_from_s3(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -79,44 +82,26 @@ def test_s3_as_remote(finished: Project, tmp_path: Path, monkeypatch: pytest.Mon
     moto = str(Path(sys.executable).with_name("moto_server"))
     with server([moto, "--host", "127.0.0.1", "--port", str(port)], port):
         requests.put(f"{url}/bucket", timeout=10).raise_for_status()
-        check_push_and_pull(
-            finished,
-            tmp_path / "clone",
-            add_remote("s3://bucket/path"),
-            modify_remote("endpointurl", url),
-        )
+        check_push_and_pull(finished, tmp_path / "clone", "s3://bucket/path", endpointurl=url)
         assert "<Key>path/files/md5/" in requests.get(f"{url}/bucket", timeout=10).text
 
 
 @pytest.mark.remotes
-def test_ssh_as_remote(finished: Project, tmp_path: Path) -> None:
+def test_clone_pulls_over_ssh(finished: Project, tmp_path: Path) -> None:
     sshd = shutil.which("sshd", path="/usr/sbin:/usr/bin")
     assert sshd, "apt install openssh-server"
     for name in ("host", "user"):
         keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)]
         subprocess.run(keygen, check=True)
     if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # the service creates it
+        Path("/run/sshd").mkdir(exist_ok=True)  # normally the service creates it
     port = free_port()
-    options = {
-        "ListenAddress": "127.0.0.1",
-        "Port": port,
-        "HostKey": tmp_path / "host",
-        "AuthorizedKeysFile": tmp_path / "user.pub",
-        "StrictModes": "no",
-        "PidFile": "none",
-        "Subsystem": "sftp internal-sftp",
-    }
     config = tmp_path / "sshd_config"
-    config.write_text("".join(f"{key} {value}\n" for key, value in options.items()))
+    config.write_text(SSHD_CONFIG.format(port=port, folder=tmp_path))
     with server([sshd, "-D", "-e", "-f", str(config)], port):
-        check_push_and_pull(
-            finished,
-            tmp_path / "clone",
-            add_remote(f"ssh://127.0.0.1{tmp_path}/storage"),
-            modify_remote("port", str(port)),
-            modify_remote("keyfile", str(tmp_path / "user")),
-        )
+        url = f"ssh://127.0.0.1{tmp_path}/storage"
+        options = {"port": str(port), "keyfile": str(tmp_path / "user")}
+        check_push_and_pull(finished, tmp_path / "clone", url, **options)
     assert list((tmp_path / "storage/files/md5").iterdir())
 
 

@@ -1,0 +1,97 @@
+"""Read the pages of the documentation, and do what they show."""
+
+import platform
+import re
+from pathlib import Path
+
+from tests.conftest import ROOT, Project
+
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
+# On other platforms the last bits of the weights may differ, and with them the metrics.
+SAME_BITS = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+
+
+def introduction(page: Path) -> str:
+    """Return the text above the first section."""
+    return page.read_text().partition("\n## ")[0]
+
+
+def section(page: Path, title: str) -> str:
+    """Return the text below the heading `title`, up to the next heading of its level."""
+    pattern = rf"^(#+ ){re.escape(title)}\n(.*?)(?=^\1|\Z)"
+    found = re.search(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
+    assert found, f"{page.name} has no section {title}"
+    return found[2]
+
+
+def blocks(text: str, languages: str) -> list[tuple[str, str]]:
+    """Return the language and the content of each code block in `languages`, such as "sh|diff"."""
+    return re.findall(rf"^```({languages})\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def block(text: str, language: str) -> str:
+    """Return the content of the only code block in this language."""
+    ((_, content),) = blocks(text, language)
+    return content
+
+
+def check_states(text: str, *parts: str) -> None:
+    """Check that whole words or numbers occur in this order, wherever lines break."""
+    pattern = r"\b.*\b".join(re.escape(part).replace(r"\ ", r"\s+") for part in parts)
+    assert re.search(rf"\b{pattern}\b", text, re.DOTALL), parts
+
+
+def visible_lines(output: str) -> list[str]:
+    """Return the lines without progress bars, without empty lines and with single spaces."""
+    lines = [" ".join(line.rpartition("\r")[2].split()) for line in output.splitlines()]
+    return [line for line in lines if line]
+
+
+def line_pattern(line: str) -> str:
+    """Return a regular expression for a line of a page, in which "..." stands for any text."""
+    pattern = re.escape(line).replace(r"\.\.\.", ".*")
+    return pattern if SAME_BITS else re.sub(r"\d+(\\\.\d+)?", r"[\\d.]+", pattern)
+
+
+def check_consoles(project: Project, text: str) -> None:
+    """Run the commands of the `console` blocks. Check that each prints the lines below it.
+
+    A line "..." stands for any lines. Lines may have another order, because the order of files in
+    `dvc metrics diff` is random.
+    """
+    consoles = "".join(content for _, content in blocks(text, "console"))
+    commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", consoles, re.MULTILINE)
+    assert commands
+    for command, output in commands:
+        if command == "source .venv/bin/activate":
+            continue  # done for all commands
+        printed, shown = visible_lines(project.run("bash", "-c", command)), visible_lines(output)
+        for line in shown:
+            pattern = line_pattern(line)
+            assert line == "..." or any(re.fullmatch(pattern, other) for other in printed), (
+                f"{line!r} is missing in {printed}"
+            )
+        assert "..." in shown or len(printed) == len(shown), printed
+        if command.startswith("dvc queue start"):
+            project.wait_for_queue()
+
+
+def follow(project: Project, text: str, before: str = "") -> None:
+    """Do what the code blocks of a recipe show, in their order.
+
+    Shell commands are run, and diffs are applied. Python code is saved if its first line is a
+    comment with a file name, and else run after the lines `before`.
+    """
+    for language, content in blocks(text, "sh|diff|python"):
+        file = re.match(r"# (\w+/\w+\.py)\n", content)
+        if language == "sh":
+            project.run("bash", "-euc", content)
+        elif language == "diff":
+            (project.root / ".git/recipe.diff").write_text(content)
+            project.run("git", "apply", ".git/recipe.diff")
+        elif file:
+            (project.root / file[1]).write_text(content)
+        else:
+            project.run("python", "-c", before + content)

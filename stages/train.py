@@ -299,7 +299,7 @@ def check_feasible(params: TrainParams, model: nn.Module, num_examples: int) -> 
         )
 
 
-def fingerprint(config: Config, splits: Splits, kernels: str) -> dict[str, str]:
+def identify(config: Config, splits: Splits, kernels: str) -> dict[str, str]:
     """Return hashes and versions of what a checkpoint and all ranks must have in common."""
     return {
         "code or packages": code_hash(),
@@ -309,30 +309,32 @@ def fingerprint(config: Config, splits: Splits, kernels: str) -> dict[str, str]:
     }
 
 
-def check_ranks(ranks: Ranks, training: Training, splits: Splits, inputs: dict[str, str]) -> None:
+def check_ranks(ranks: Ranks, training: Training, splits: Splits, identity: dict[str, str]) -> None:
     """Raise `UserError` unless all ranks have the same inputs and compute the same logits."""
     if ranks.size == 1:
         return
     logits = predict(training.model, splits.train[: training.config.train.batch_size]).logits
     ranks.check_same_on_all_ranks(
         {
-            **inputs,
+            **identity,
             "the checkpoint": digest(CHECKPOINT) if CHECKPOINT.is_file() else "",
             "the result of a matrix product": sha256(logits.data).hexdigest(),
         }
     )
 
 
-def resume(training: Training, inputs: dict[str, str]) -> list[EpochMetrics]:
+def resume(training: Training, identity: dict[str, str]) -> list[EpochMetrics]:
     """Continue where an earlier run stopped: restore weights and optimizer, return its history."""
-    rows = load_checkpoint(CHECKPOINT, inputs, training.model, training.optimizer)
+    rows = load_checkpoint(CHECKPOINT, identity, training.model, training.optimizer)
     return [EpochMetrics(*row) for row in rows]
 
 
-def save_progress(training: Training, inputs: dict[str, str], history: list[EpochMetrics]) -> None:
+def save_progress(
+    training: Training, identity: dict[str, str], history: list[EpochMetrics]
+) -> None:
     """Write the checkpoint, and the history for `dvc plots show` to follow the training."""
     save_csv(HISTORY, EpochMetrics._fields, history)
-    save_checkpoint(CHECKPOINT, inputs, training.model, training.optimizer, history)
+    save_checkpoint(CHECKPOINT, identity, training.model, training.optimizer, history)
 
 
 def known_values(metrics: EpochMetrics) -> dict[str, float]:
@@ -355,18 +357,18 @@ def main(ranks: Ranks) -> None:
     splits = load_splits()
     metadata = make_metadata(config.model, splits)
     training = make_training(config, metadata, len(splits.train), ranks)
-    inputs = fingerprint(config, splits, kernels)
-    history = resume(training, inputs)
-    check_ranks(ranks, training, splits, inputs)
+    identity = identify(config, splits, kernels)
+    history = resume(training, identity)
+    check_ranks(ranks, training, splits, identity)
     is_first = ranks.rank == 0  # the rank that prints and writes
     if history and is_first:
         print(f"resumed after epoch {len(history)}, where an earlier run stopped", flush=True)
-        save_progress(training, inputs, history)  # DVC deleted the history
+        save_progress(training, identity, history)  # DVC deleted the history
     started = time.perf_counter()
     for metrics in train(training, splits, first_epoch=len(history) + 1):
         history.append(metrics)
         if is_first:
-            save_progress(training, inputs, history)
+            save_progress(training, identity, history)
             seconds, started = time.perf_counter() - started, time.perf_counter()
             print_epoch(metrics, config.train.num_epochs, len(splits.train) / seconds)
     if is_first:

@@ -58,7 +58,7 @@ def save_checkpoint(
 ) -> None:
     """Write what the next epoch needs and the history's `rows` to `path`.
 
-    `identity` holds everything that the result of the run depends on.
+    `identity` holds hashes of what the run depends on. Only a run with the same ones resumes.
     """
     state = {"model": model.parameters(), "optimizer": optimizer.state}
     save_arrays(path, dict(tree_flatten(state)), {"identity": identity, "rows": rows})

@@ -161,14 +161,18 @@ def recorded_files(cache: Path) -> Iterator[tuple[Path, str]]:
     for out in recorded_outputs():
         yield Path(out.path), out.md5
         listing = object_path(cache, out.md5)
-        if out.md5.endswith(".dir") and is_intact(listing, out.md5):
+        if out.md5.endswith(".dir") and listing.is_file() and not is_damaged(listing, out.md5):
             for file in json.loads(listing.read_bytes()):
                 yield Path(out.path, file["relpath"]), file["md5"]
 
 
-def is_intact(path: Path, md5: str) -> bool:
-    """Return whether `path` is a file with this digest; for a folder, the list of its files."""
-    return path.is_file() and digest(path) == md5.removesuffix(".dir")
+def is_damaged(path: Path, md5: str) -> bool:
+    """Return whether `path` exists, but not as a file with this digest.
+
+    The digest of a folder is the one of the list of its files, which is a file in the cache.
+    """
+    is_intact = path.is_file() and digest(path) == md5.removesuffix(".dir")
+    return os.path.lexists(path) and not is_intact
 
 
 def repair_outputs(cache: Path) -> Iterator[str]:
@@ -179,12 +183,11 @@ def repair_outputs(cache: Path) -> Iterator[str]:
     """
     for path, md5 in recorded_files(cache):
         cached = object_path(cache, md5)
-        if os.path.lexists(cached) and not is_intact(cached, md5):
+        if is_damaged(cached, md5):
             remove(cached)
             yield f"{path} in the cache"
-        if md5.endswith(".dir"):
-            continue  # its files follow
-        if os.path.lexists(path) and not is_intact(path, md5):
+        is_folder = md5.endswith(".dir")  # its files follow
+        if not is_folder and is_damaged(path, md5):
             if path.is_file():
                 os.utime(path)
             else:

@@ -25,13 +25,13 @@ def map_npz(path: Path, *, random_access: bool = False) -> dict[str, NDArray[Any
     arrays = {}
     with reading(path), zipfile.ZipFile(path) as archive:
         file = map_file(path)
-        if random_access:
-            file.madvise(mmap.MADV_RANDOM)
         # Every array, also an unknown one: its name could be damaged.
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
                 raise UserError(f"{path}: is compressed; write it with np.savez")
             arrays[member.filename.removesuffix(".npy")] = _map_array(archive, member, file)
+    if random_access:  # from now on; the checksums were computed in order
+        file.madvise(mmap.MADV_RANDOM)
     return arrays
 
 

@@ -144,7 +144,7 @@ def test_invalid_files_are_rejected(tmp_path: Path) -> None:
     path.touch()
     check_error("damaged .*make repro")
     np.savez(path, images=IMAGES, labels=LABELS)
-    check_error(r"has no class_names\.npy.*images")
+    check_error(r"has no class_names\.npy; add")
     too_many_bytes = array("|u1", (1, 1, 1), b"12")
     path.write_bytes(archive(images=too_many_bytes, labels=LABEL, class_names=NAME))
     check_error(r"damaged \(.*2 into shape \(1,1,1\).*make repro")

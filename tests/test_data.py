@@ -170,12 +170,8 @@ def test_every_flipped_bit_is_rejected_or_harmless(tmp_path: Path) -> None:
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        try:
-            split = load_split(path)
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1
-        else:  # the bit has no meaning, for example in a date of the ZIP directory
-            assert same(split, SPLIT)
+        with refused():  # or the bit has no meaning, for example in a date of the ZIP directory
+            assert same(load_split(path), SPLIT)
 
 
 HEADERS = st.fixed_dictionaries(

@@ -19,7 +19,6 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -45,8 +44,7 @@ READ_TIMEOUT = 8.0  # seconds until a source answers, and between two packets
 TOTAL_TIMEOUT = 840.0  # seconds for all attempts; under 15 minutes with the wait for each answer
 
 
-@dataclass(frozen=True)
-class Dataset:
+class Dataset(Struct, frozen=True):
     """A data set that consists of IDX files of at most `MAX_BYTES` each."""
 
     class_names: tuple[str, ...]  # the meaning of label 0, 1, ...
@@ -258,10 +256,9 @@ def fetch(dataset_name: str, folder: Path) -> None:
         except SourceError as error:
             print(f"{label}: {missing[0]}: {error}", file=sys.stderr)
     if missing:
-        raise UserError(
-            f"could not download {missing[0]} ({dataset_name}) from any source; check the network,"
-            " or set DATA_MIRROR to a folder or URL that has the four files"
-        )
+        problem = f"could not download {missing[0]} ({dataset_name}) from any source"
+        remedy = "check the network, or set DATA_MIRROR to a folder or URL that has the four files"
+        raise UserError(f"{problem}; {remedy}")
     save_json(folder / "class_names.json", dataset.class_names)
     save_json(folder / "preprocessing.json", dataset.preprocessing)
 

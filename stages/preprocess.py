@@ -4,9 +4,7 @@ Each split contains images, their labels and the class names. The validation spl
 of the training files, drawn with a seed. The test split is the test files as they are.
 """
 
-import math
 import mmap
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,14 +43,9 @@ def decode_idx(data: bytes | mmap.mmap) -> NDArray[np.uint8]:
     if len(data) < 4 or data[:3] != b"\0\0\x08":
         raise ValueError(f"magic number {data[:4].hex()}, expected 000008 and the dimensions")
     ndim = data[3]
-    header = 4 + 4 * ndim
-    if len(data) < header:
-        raise ValueError(f"{len(data)} bytes, expected a header of {header}")
-    shape = struct.unpack(f">{ndim}I", data[4:header])
-    if len(data) - header != math.prod(shape):
-        expected = " x ".join(map(str, shape))
-        raise ValueError(f"{len(data) - header} bytes after the header, expected {expected}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    # NumPy raises `ValueError` if there are too few or too many bytes.
+    shape = np.frombuffer(data, ">u4", ndim, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
 
 def read_file(path: Path, decode: Callable[[mmap.mmap], Any]) -> Any:
@@ -98,10 +91,8 @@ def main() -> None:
     labelled = read_raw(RAW, "train")
     test = read_raw(RAW, "t10k")
     if params.validation_size >= len(labelled):
-        raise UserError(
-            f"params.yaml: preprocess.validation_size is {params.validation_size}, must be less"
-            f" than the {len(labelled)} training examples"
-        )
+        problem = f"is {params.validation_size}, must be less than the {len(labelled)} examples"
+        raise UserError(f"params.yaml: preprocess.validation_size {problem}")
     train, validation = split_indices(len(labelled), params.validation_size, params.seed)
     save("train", labelled, train)
     save("validation", labelled, validation)

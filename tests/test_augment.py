@@ -62,8 +62,8 @@ def resample_by_loop(images: NDArray[np.uint8], fields: Fields) -> Fields:
     return resampled
 
 
-@pytest.mark.parametrize("size", [0.3, 3, 1000])
-@pytest.mark.parametrize("image_shape", SHAPES[1:])
+@pytest.mark.parametrize("size", [0, 0.3, 3, 1e9])
+@pytest.mark.parametrize("image_shape", SHAPES)
 def test_resampling_is_bilinear_and_zero_outside(image_shape: tuple[int, ...], size: float) -> None:
     images = small_split(5, image_shape).images
     fields = np.random.default_rng(0).normal(0, size, (5, 2, *image_shape[:2])).astype(np.float32)
@@ -71,17 +71,6 @@ def test_resampling_is_bilinear_and_zero_outside(image_shape: tuple[int, ...], s
     assert resampled.dtype == mx.float32
     expected = resample_by_loop(images, fields.astype(np.float64))
     np.testing.assert_allclose(np.array(resampled), expected, rtol=0, atol=0.01)
-
-
-@pytest.mark.parametrize("image_shape", SHAPES)
-@pytest.mark.parametrize(("down", "right"), [(0, 0), (1, -2), (-3, 0), (0, 40), (-1e9, 1e9)])
-def test_shift_by_whole_pixels_is_exact(
-    down: float, right: float, image_shape: tuple[int, ...]
-) -> None:
-    images = small_split(3, image_shape).images
-    fields = np.zeros((3, 2, *image_shape[:2])) + np.reshape([down, right], (2, 1, 1))
-    resampled = resample(mx.array(images), mx.array(fields.astype(np.float32)))
-    assert np.array_equal(np.array(resampled), resample_by_loop(images, fields))
 
 
 def test_shift_is_uniform() -> None:
@@ -114,17 +103,6 @@ def test_scale_stretches_height_and_width_independently(scale: float) -> None:
         assert abs(factors - 1).max() <= scale + 1e-5
         assert factors.std() == pytest.approx(scale / math.sqrt(3), rel=0.05)
     assert abs(np.corrcoef(heights, widths)[0, 1]) < 0.1
-
-
-def test_quarter_turn_equals_rot90() -> None:
-    images = small_split(4, (12, 12)).images
-    coefficients = np.zeros_like(sample(OFF, 4))
-    # Take the value at (row, column) from (-column, row), both from the centre.
-    coefficients[:, 0, -2, -1], coefficients[:, 0, -1, -2] = -1, -1
-    coefficients[:, 1, -2, -1], coefficients[:, 1, -1, -2] = 1, -1
-    turned = resample(mx.array(images), displacements(mx.array(coefficients), 12, 12))
-    expected = np.rot90(images, -1, axes=(1, 2))
-    np.testing.assert_allclose(np.array(turned), expected, atol=0.01)
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (9, 40), (1, 5)])

@@ -11,7 +11,6 @@ from mlx.utils import tree_map
 
 from stages.shared.model_file import load_model, save_model
 from tests.conftest import ROOT, Project, commit
-from tools.compare import differences
 
 REPRODUCED = "reproduced: bitwise identical to the committed run"
 
@@ -110,8 +109,3 @@ def test_make_repro_verifies_runs_and_compares() -> None:
         ["dvc repro", "tools.verify --disk-space"],
         ["tools.compare"],
     ]
-
-
-def test_path_with_a_space_stays_whole() -> None:
-    before, after = {"data/my letters": "abc"}, {"data/my letters": "def"}
-    assert differences(before, after) == {"data/my letters": "abc -> def"}

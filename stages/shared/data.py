@@ -14,7 +14,6 @@ from stages.shared.errors import UserError
 from stages.shared.files import atomic_write
 from stages.shared.mapped_npz import map_npz
 
-REQUIRED = ("images", "labels", "class_names")  # arrays in a file; "preprocessing" is optional
 WRITE_BYTES = 4 << 20  # of images, copied into memory at a time by `save_split`
 GROUP_BYTES = 64 << 20  # of images, shuffled as one group; all of MNIST is less
 BLOCK_BYTES = 256 << 10  # of neighbouring images, read from disk together into a group
@@ -117,8 +116,8 @@ def load_split(path: Path, *, may_be_empty: bool = False, random_access: bool = 
     """
     check_recorded(path)
     arrays = map_npz(path, random_access=random_access)
-    if missing := set(REQUIRED).difference(arrays):
-        raise UserError(f"{path}: has no {min(missing)}.npy; it must hold {', '.join(REQUIRED)}")
+    if missing := {"images", "labels", "class_names"}.difference(arrays):
+        raise UserError(f"{path}: has no {min(missing)}.npy; add this array")
     try:
         class_names = tuple(map(str, arrays["class_names"].ravel()))
         preprocessing = str(arrays.get("preprocessing", np.array("")).item())

@@ -53,8 +53,7 @@ def parse_lock(text: str | bytes) -> dict[str, Stage]:
 
     Keys that are not in the classes above are ignored.
     """
-    lock: Lock = msgspec.yaml.decode(text, type=Lock)
-    return lock.stages
+    return msgspec.yaml.decode(text, type=Lock).stages
 
 
 def stages_of(text: str | bytes) -> dict[str, Stage]:
@@ -79,23 +78,17 @@ def check_recorded(path: Path) -> None:
             raise DamagedError(found, "it is not a regular file")  # a pipe would block the reader
     if "DVC_STAGE" not in os.environ or not path.exists():
         return
-    record = Path(f"{path}.dvc")  # written by `dvc add`
-    if record.exists():
-        outs = msgspec.yaml.decode(record.read_bytes(), type=Stage).outs
+    tracked = Path(f"{path}.dvc")  # written by `dvc add`
+    if tracked.exists():
+        outs = msgspec.yaml.decode(tracked.read_bytes(), type=Stage).outs
+        if digest(path) not in [out.md5 for out in outs]:
+            remedy = f"run `dvc checkout --force {path}` to restore it, `dvc add {path}` to keep it"
+            raise UserError(f"{path}: its MD5 is not the one in {tracked}; {remedy}")
     elif LOCK.exists():
-        record = LOCK
         outs = [out for stage in parse_lock(LOCK.read_bytes()).values() for out in stage.outs]
-    else:
-        return
-    expected = [out.md5 for out in outs if record.parent / out.path == path]
-    if not expected or digest(path) in expected:
-        return
-    if record == LOCK:
-        raise DamagedError(path, "its MD5 is not the one in dvc.lock")
-    raise UserError(
-        f"{path}: its MD5 is not the one in {record}; restore the recorded content with `dvc"
-        f" checkout --force {path}`, or keep this content with `dvc add {path}`"
-    )
+        expected = [out.md5 for out in outs if Path(out.path) == path]
+        if expected and digest(path) not in expected:
+            raise DamagedError(path, "its MD5 is not the one in dvc.lock")
 
 
 def digest(path: Path) -> str:

@@ -43,10 +43,9 @@ class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _describe(data: Split | Metadata) -> str:
-    """Describe images and classes by their shape, the first names and the number of the names."""
-    names = ", ".join(data.class_names[:3])
-    more = f", ... ({len(data.class_names)})" if len(data.class_names) > 3 else ""
-    return f"images {data.image_shape} and classes {names:.60}{more}"
+    """Describe images and classes; of many classes, only the first names are shown."""
+    names = ", ".join(data.class_names)
+    return f"images {data.image_shape} and {len(data.class_names)} classes ({names:.60})"
 
 
 def flat_parameters(model: nn.Module) -> dict[str, mx.array]:

@@ -11,6 +11,7 @@ aliases, which can expand without limit, and raises many types of errors.
 
 import json
 import re
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -108,21 +109,20 @@ def check_section(values: object, section: str, params_class: type[T]) -> T:
 
 
 def _convert(value: object, allowed: Any, key: str) -> Any:
-    """Return `value` as the type `allowed`. Raises `ValueError` with the allowed values."""
+    """Return `value` as the type `allowed`.
+
+    Raises `ValueError` with the allowed values. If `value` is, for example, the text "32" and an
+    int is allowed, the error suggests to write 32.
+    """
     try:
         return msgspec.convert(value, allowed)
     except ValueError:  # msgspec.ValidationError; UnicodeEncodeError for half a surrogate pair
         problem = f"{key} is {value!r:.60}, must be {_describe(allowed)}"
-        raise ValueError(problem + _suggest(value, allowed)) from None
-
-
-def _suggest(value: object, allowed: Any) -> str:
-    """Return "; write 32" if `value` is the text "32" and an int is allowed, or "" if unclear."""
-    try:
+    with suppress(TypeError, ValueError):  # not allowed in any spelling, or not a JSON type
         spelling = json.dumps(msgspec.convert(value, allowed, strict=False), allow_nan=False)
-    except (TypeError, ValueError):  # not allowed in any spelling, or not a JSON type
-        return ""
-    return f"; write {spelling}" if len(spelling) <= 60 else ""
+        if len(spelling) <= 60:
+            problem += f"; write {spelling}"
+    raise ValueError(problem)
 
 
 def _describe(allowed: Any) -> str:

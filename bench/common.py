@@ -1,4 +1,4 @@
-"""What the contenders share: the networks, the data, how an epoch is timed."""
+"""What all contenders share: the configurations, the data, and how an epoch is timed."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Config:
-    """A network of two hidden layers and how it is trained; `threads` are for our loop's BLAS."""
+    """A network of two hidden layers and how it is trained; `threads` is for our loop's BLAS."""
 
     hidden_dim: int
     batch_size: int
@@ -37,31 +38,41 @@ CONFIGS = {
     "C": Config(800, 128, 0.02, 0.9, threads=CORES, num_epochs=3),
 }
 
+# Train for the epoch of this number, or for the first part of it. Return the fraction of an epoch.
+TrainEpoch = Callable[[int], float]
+Contender = tuple[TrainEpoch, Callable[[], float]]  # and a function that returns the accuracy
 
-def load(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The images, uint8 (N, 784), and labels, uint8 (N,), of a split that the pipeline made."""
+
+def load(name: str, label_dtype: Any) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    """Load a split of the pipeline: pixels, float32 (N, 784) in [0, 1], and labels (N,)."""
     with np.load(Path("data") / f"{name}.npz") as arrays:
-        images = arrays["images"]
-        return images.reshape(len(images), -1), arrays["labels"]
+        pixels = arrays["images"].astype(np.float32) / 255
+        return pixels.reshape(len(pixels), -1), arrays["labels"].astype(label_dtype)
 
 
-def run(contender: Callable[[Config], tuple[Callable[[int], float], Callable[[], float]]]) -> None:
-    """Print the median seconds of an epoch but the first, and the test accuracy, as JSON.
+def run(make_contender: Callable[[Config], Contender]) -> None:
+    """Train with the configuration named on the command line. Print metrics as JSON.
 
-    A contender gives a function that trains for an epoch, or for a part of one, and returns
-    which part of it that was, and a function that returns the accuracy.
+    `seconds` is the median time of an epoch without the first epoch. `fraction` is less than 1 if
+    the epochs were cut short. Then `accuracy` is not that of a whole training.
     """
     config = CONFIGS[sys.argv[1]]
-    train_epoch, accuracy = contender(config)
+    train_epoch, accuracy = make_contender(config)
     seconds = []
     for epoch in range(1, config.num_epochs + 1):
         started = time.perf_counter()
-        part = train_epoch(epoch)
-        seconds.append((time.perf_counter() - started) / part)
+        fraction = train_epoch(epoch)
+        seconds.append((time.perf_counter() - started) / fraction)
     median = statistics.median(seconds[1:])
-    print(json.dumps({"seconds": median, "accuracy": accuracy(), "part": part}))
+    print(json.dumps({"seconds": median, "accuracy": accuracy(), "fraction": fraction}))
 
 
-def row(cells: list[str]) -> None:
+def print_row(cells: list[str]) -> None:
     """Print a row of a Markdown table."""
     print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_header(titles: list[str]) -> None:
+    """Print the first two rows of a Markdown table."""
+    print_row(titles)
+    print_row(["---"] * len(titles))

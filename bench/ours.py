@@ -1,13 +1,12 @@
-"""Our train loop, over OpenBLAS on Linux."""
+"""The loop of stages/train.py, with OpenBLAS on Linux."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from bench.common import Config, run
+from bench.common import Config, Contender, run
 from stages.model import Model, ModelParams
 from stages.shared.augment import AugmentParams
 from stages.shared.data import load_split
@@ -17,7 +16,7 @@ from stages.shared.openblas import load_openblas
 from stages.train import batch_iterate, make_step, prefetch, train_epoch
 
 
-def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], float]]:
+def make_contender(config: Config) -> Contender:
     mx.set_default_device(mx.cpu)
     load_openblas(config.threads)
     train_split, test_split = (load_split(Path(f"data/{name}.npz")) for name in ("train", "test"))
@@ -29,8 +28,8 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
     undistorted = AugmentParams(shift=0, rotation=0, scale=0, elastic=0)
     step = make_step(model, optimizer, Shards(1, Ranks()), compiled=False)
 
-    def epoch(number: int) -> float:
-        rng = np.random.default_rng((0, number))
+    def train_one_epoch(epoch: int) -> float:
+        rng = np.random.default_rng((0, epoch))
         batches = batch_iterate(train_split, config.batch_size, undistorted, rng)
         train_epoch(model, optimizer, step, prefetch(batches, stream))
         return 1.0
@@ -38,8 +37,8 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
     def accuracy() -> float:
         return predict(model, test_split).accuracy
 
-    return epoch, accuracy
+    return train_one_epoch, accuracy
 
 
 if __name__ == "__main__":
-    run(contender)
+    run(make_contender)

@@ -1,6 +1,5 @@
-"""The loop of MLX's documentation on MLX's own package, BLAS included."""
+"""The loop of MLX's documentation on MLX's own package, including its BLAS."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import mlx.core as mx
@@ -8,7 +7,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from bench.common import Config, load, run
+from bench.common import Config, Contender, load, run
 
 
 class MLP(nn.Module):
@@ -26,25 +25,23 @@ def loss_fn(model: MLP, x: mx.array, y: mx.array) -> mx.array:
     return mx.mean(nn.losses.cross_entropy(model(x), y))
 
 
-def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], float]]:
+def make_contender(config: Config) -> Contender:
     mx.set_default_device(mx.cpu)
-    train_images, train_labels, test_images, test_labels = (
-        mx.array(array.astype(np.float32) / 255 if array.ndim == 2 else array)
-        for array in (*load("train"), *load("test"))
-    )
+    train_images, train_labels = (mx.array(array) for array in load("train", np.uint8))
+    test_images, test_labels = (mx.array(array) for array in load("test", np.uint8))
     mx.random.seed(0)
     model = MLP([784, config.hidden_dim, config.hidden_dim, 10])
     optimizer = optim.SGD(learning_rate=config.learning_rate, momentum=config.momentum)
     loss_and_grad_fn = nn.value_and_grad(model, loss_fn)
     num_examples = len(train_labels)
-    # An epoch of the wide networks takes minutes, of which 20 steps tell as much.
+    # An epoch of the wide networks takes minutes, so time 20 steps of it.
     stop = num_examples if config.hidden_dim < 100 else 20 * config.batch_size
 
-    def epoch(_: int) -> float:
-        order = mx.array(np.random.permutation(num_examples))
+    def train_epoch(_: int) -> float:
+        permutation = mx.array(np.random.permutation(num_examples))
         for start in range(0, stop, config.batch_size):
-            batch = order[start : start + config.batch_size]
-            _, grads = loss_and_grad_fn(model, train_images[batch], train_labels[batch])
+            indices = permutation[start : start + config.batch_size]
+            _, grads = loss_and_grad_fn(model, train_images[indices], train_labels[indices])
             optimizer.update(model, grads)
             mx.eval(model.parameters(), optimizer.state)
         return stop / num_examples
@@ -52,8 +49,8 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
     def accuracy() -> float:
         return float(mx.mean(mx.argmax(model(test_images), axis=1) == test_labels))
 
-    return epoch, accuracy
+    return train_epoch, accuracy
 
 
 if __name__ == "__main__":
-    run(contender)
+    run(make_contender)

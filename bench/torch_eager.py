@@ -1,23 +1,17 @@
-"""PyTorch, eager, with a thread for each core."""
-
-from collections.abc import Callable
+"""PyTorch, eager, with a thread per core."""
 
 import numpy as np
 import torch
 from torch import nn
 
-from bench.common import CORES, Config, load, run
+from bench.common import CORES, Config, Contender, load, run
 
 
-def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], float]]:
+def make_contender(config: Config) -> Contender:
     torch.set_num_threads(CORES)
     torch.manual_seed(0)
-    train_images, test_images = (
-        torch.tensor(load(name)[0].astype(np.float32) / 255) for name in ("train", "test")
-    )
-    train_labels, test_labels = (
-        torch.tensor(load(name)[1].astype(np.int64)) for name in ("train", "test")
-    )
+    train_images, train_labels = map(torch.tensor, load("train", np.int64))
+    test_images, test_labels = map(torch.tensor, load("test", np.int64))
     model = nn.Sequential(
         nn.Linear(784, config.hidden_dim),
         nn.ReLU(),
@@ -30,11 +24,11 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
         model.parameters(), lr=config.learning_rate, momentum=config.momentum
     )
 
-    def epoch(_: int) -> float:
-        order = torch.randperm(len(train_labels))
-        for batch in order.split(config.batch_size):
+    def train_epoch(_: int) -> float:
+        permutation = torch.randperm(len(train_labels))
+        for indices in permutation.split(config.batch_size):
             optimizer.zero_grad()
-            loss_fn(model(train_images[batch]), train_labels[batch]).backward()
+            loss_fn(model(train_images[indices]), train_labels[indices]).backward()
             optimizer.step()
         return 1.0
 
@@ -42,8 +36,8 @@ def contender(config: Config) -> tuple[Callable[[int], float], Callable[[], floa
         with torch.no_grad():
             return float((model(test_images).argmax(1) == test_labels).float().mean())
 
-    return epoch, accuracy
+    return train_epoch, accuracy
 
 
 if __name__ == "__main__":
-    run(contender)
+    run(make_contender)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.shared.cli import argument_parser, run
+from stages.shared.cli import run
 from stages.shared.errors import UserError
 from tests.conftest import ROOT
 
@@ -73,27 +73,3 @@ def test_closed_standard_output_ends_quietly(lines: int, tmp_path: Path) -> None
     )
     os.close(writer)
     assert (tool.returncode, tool.stderr) == (1, b"")
-
-
-def test_arguments_are_passed_to_main(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def main(files: list[str], fast: bool) -> None:
-        calls.append((files, fast))
-
-    parser = argument_parser("")
-    parser.add_argument("files", nargs="+")
-    parser.add_argument("--fast", action="store_true")
-    monkeypatch.setattr("sys.argv", ["tool", "a", "b", "--fast"])
-    run(main, parser)
-    assert calls == [(["a", "b"], True)]
-
-
-def test_stage_rejects_options(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["stage", "--fast"])
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: None)
-    assert stop.value.code == 2
-    assert "--fast" in capsys.readouterr().err

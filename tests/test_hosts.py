@@ -15,19 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests import test_mpi
+from tests import test_mpi as mpi
 from tests.conftest import Project
-from tests.test_mpi import (
-    COMMAND,
-    check_failure,
-    check_no_process_is_left,
-    delete_data,
-    edit_code,
-    outputs,
-    project,
-    second,
-    train,
-)
+from tests.test_mpi import outputs, project, second
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/bin")
 pytestmark = [
@@ -68,15 +58,15 @@ class Hosts:
 
     def train(self) -> str:
         """Train on both hosts, started on the first. Return the output."""
-        return self.project.with_variables(LAUNCHER=self.launcher).run(*on_host(NAMES[0]), *COMMAND)
+        return mpi.train(self.project, self.launcher, on_host(NAMES[0]))
 
     def long_training(self) -> AbstractContextManager[Any]:
         """Start a long training on both hosts."""
         shutil.copy(self.project.root / "params.yaml", self.second.root)
-        return test_mpi.long_training(self.project, self.launcher, on_host(NAMES[0]))
+        return mpi.long_training(self.project, self.launcher, on_host(NAMES[0]))
 
     def check_failure(self, pattern: str) -> None:
-        check_failure(self.project, self.launcher, f"error: {pattern}", on_host(NAMES[0]))
+        mpi.check_failure(self.project, self.launcher, f"error: {pattern}", on_host(NAMES[0]))
 
 
 @pytest.fixture
@@ -119,7 +109,7 @@ def processes_of_second_host() -> list[psutil.Process]:
 
 
 def test_two_hosts_give_the_same_bits(hosts: Hosts) -> None:
-    train(hosts.project)
+    mpi.train(hosts.project)
     expected = outputs(hosts.project)
     (hosts.project.root / "data/model.safetensors").unlink()
     before = hosts.second.results()
@@ -129,24 +119,24 @@ def test_two_hosts_give_the_same_bits(hosts: Hosts) -> None:
 
 
 def test_missing_file_names_its_host(hosts: Hosts) -> None:
-    delete_data(hosts.second)
+    mpi.delete_data(hosts.second)
     hosts.check_failure(rf"data/train\.npz: not found; .*\(on {NAMES[1]}\)")
 
 
 def test_other_code_names_both_hosts(hosts: Hosts) -> None:
-    edit_code(hosts.second)
+    mpi.edit_code(hosts.second)
     hosts.check_failure(f"LAUNCHER: code or packages differs .*{NAMES[0]}.*{NAMES[1]}")
 
 
 def test_dead_host_ends_all_and_the_rerun_resumes(hosts: Hosts) -> None:
     hosts.project.set(num_epochs=60)
-    train(hosts.project)
+    mpi.train(hosts.project)
     expected = outputs(hosts.project)
     with hosts.long_training():
         for process in processes_of_second_host():
             process.kill()
-    check_no_process_is_left(hosts.project)
-    assert "resumed" in train(hosts.project)
+    mpi.check_no_process_is_left(hosts.project)
+    assert "resumed" in mpi.train(hosts.project)
     assert outputs(hosts.project) == expected
 
 

@@ -266,19 +266,15 @@ class Gelu(Mlp):
         return hidden @ self.layers[1].weight + self.layers[1].bias
 
 
-class Scaled(Mlp):
-    """A multi-layer perceptron with an additional parameter."""
-
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
-        self.scale = mx.ones(1)
+WITH_SCALE = Mlp(784, 32, 10)
+WITH_SCALE.scale = mx.ones(1)  # an additional parameter
 
 
 @pytest.mark.parametrize(
     "model",
     [
         Gelu(784, 32, 10),
-        Scaled(784, 32, 10),
+        WITH_SCALE,
         nn.Linear(28, 10),  # other names
         nn.Sequential(nn.Linear(28, 10)),  # other shapes
     ],

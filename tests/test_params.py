@@ -218,6 +218,7 @@ NOT_PLAIN = [
     (GOOD + "  device: gpu", "line 7: device...line 6...keep one"),
     (GOOD + "other: {}", "line 7: other...line 1...keep one"),
     (with_value("device", "[1, {a: 1, a: 2}]"), "line 6: a...line 6...keep one"),
+    (with_value("device", "2020-01-02 \n\n    x"), r"line 6: 2020-01-02\nx...quotes"),
     ('"a\\n": 1\n"a\\n": 2', r"line 2: a\n...line 1...keep one"),
     (GOOD + "3: 1", "line 7: ...key 3...quotes"),
     (GOOD + "?\n: 1", "line 7: ...key None...quotes"),
@@ -265,11 +266,6 @@ def test_ambiguous_scalar(text: str, tmp_path: Path) -> None:
     check_rejected(with_value("hidden_dim", text), expected, tmp_path)
     quoted = f"train:\n  value: ['{text}', \"{text}\"]"
     assert read(quoted, Anything, tmp_path).value == [text, text]
-
-
-def test_ambiguous_scalar_in_two_lines(tmp_path: Path) -> None:
-    text = with_value("device", "2020-01-02 \n\n    x")
-    check_rejected(text, r"line 6: 2020-01-02\nx...quotes", tmp_path)
 
 
 NODES = [

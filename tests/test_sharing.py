@@ -105,17 +105,6 @@ def test_clone_pulls_over_ssh(finished: Project, tmp_path: Path) -> None:
     assert list((tmp_path / "storage/files/md5").iterdir())
 
 
-def test_queued_experiments_run_in_a_fresh_clone(finished: Project, tmp_path: Path) -> None:
-    clone = finished.clone(tmp_path / "clone")
-    clone.use_cache(finished.root / ".dvc/cache")
-    clone.run("dvc", "exp", "run", "--queue", "-S", "train.learning_rate=0.2")
-    clone.run("dvc", "exp", "run", "--run-all")
-    shown = clone.run("bash", "-c", "dvc exp show --csv --hide-workspace | python -m tools.seeds")
-    lines = re.findall(r"^(0\.\d) +1 +0\.\d+ +0\.\d+$", shown, re.MULTILINE)
-    assert sorted(lines) == ["0.1", "0.2"], shown
-    assert clone.run("git", "status", "--porcelain") == ""
-
-
 def test_registered_model_can_be_downloaded(finished: Project, tmp_path: Path) -> None:
     finished.run("gto", "register", "model")
     assert finished.run("git", "tag").strip() == "model@v0.0.1"

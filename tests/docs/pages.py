@@ -26,15 +26,9 @@ def section(page: Path, title: str) -> str:
     return found[2]
 
 
-def blocks(text: str, languages: str) -> list[tuple[str, str]]:
-    """Return the language and the content of each code block in `languages`, such as "sh|diff"."""
-    return re.findall(rf"^```({languages})\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def block(text: str, language: str) -> str:
-    """Return the content of the only code block in this language."""
-    ((_, content),) = blocks(text, language)
-    return content
+def blocks(text: str, language: str) -> list[str]:
+    """Return the content of each code block in this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def check_states(text: str, *parts: str) -> None:
@@ -61,7 +55,7 @@ def check_consoles(project: Project, text: str) -> None:
     A line "..." stands for any lines. Lines may have another order, because the order of files in
     `dvc metrics diff` is random.
     """
-    consoles = "".join(content for _, content in blocks(text, "console"))
+    consoles = "".join(blocks(text, "console"))
     commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", consoles, re.MULTILINE)
     assert commands
     for command, output in commands:
@@ -84,7 +78,8 @@ def follow(project: Project, text: str, before: str = "") -> None:
     Shell commands are run, and diffs are applied. Python code is saved if its first line is a
     comment with a file name, and else run after the lines `before`.
     """
-    for language, content in blocks(text, "sh|diff|python"):
+    pattern = r"^```(sh|diff|python)\n(.*?)^```$"
+    for language, content in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
         file = re.match(r"# (\w+/\w+\.py)\n", content)
         if language == "sh":
             project.run("bash", "-euc", content)

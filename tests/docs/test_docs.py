@@ -24,19 +24,11 @@ from stages.shared.model_file import load_model
 from stages.shared.params import read_params
 from stages.train import TrainParams
 from tests.conftest import ROOT, Project, clone, commit, stale
-from tests.docs.pages import (
-    DOCS,
-    PAGES,
-    README,
-    block,
-    blocks,
-    check_consoles,
-    check_states,
-    section,
-)
+from tests.docs.pages import DOCS, PAGES, README, blocks, check_consoles, check_states, section
 from tools.page import mlp_layers
 
 MODEL = "data/model.safetensors"
+PACKAGES = ("numpy", "torch")  # in the order of the code blocks that read the weights
 REQUIREMENTS = (ROOT / "stages/requirements.txt").read_text()
 METRICS: dict[str, float] = json.loads((ROOT / "metrics/accuracy.json").read_text())
 PARAMS: dict[str, Any] = {"augment": AugmentParams, "model": ModelParams, "train": TrainParams}
@@ -69,8 +61,9 @@ def test_model_card_states_params_and_results() -> None:
         *(f"{60_000 - held_out:,}", f"{held_out:,}", "10,000", f"{train['num_epochs']} epochs"),
         *(str(train["learning_rate"]), str(train["batch_size"])),
     )
-    accuracy, low, high, _ = map(str, METRICS.values())
-    check_states(section(page, "Evaluation"), accuracy, low, high, worst, str(accuracies[worst]))
+    interval = (METRICS["accuracy_95_low"], METRICS["accuracy_95_high"])
+    numbers = (METRICS["accuracy"], *interval, worst, accuracies[worst])
+    check_states(section(page, "Evaluation"), *map(str, numbers))
 
 
 @published
@@ -161,14 +154,14 @@ def test_error_line_of_the_readme_is_what_a_stage_prints(finished: Project) -> N
 
 
 def test_code_of_the_readme_prints_five_class_names(finished: Project) -> None:
-    code = block(section(README, "Use the model"), "python")
+    (code,) = blocks(section(README, "Use the model"), "python")
     names = ast.literal_eval(finished.run("python", "-c", code))
     assert len(names) == 5
     assert set(names) <= set(load_split(finished.root / "data/test.npz").class_names)
 
 
 @pytest.mark.parametrize("data", ["small", "real"])
-@pytest.mark.parametrize("package", ["numpy", "torch"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_weights_give_the_same_classes_elsewhere(
     package: str, data: str, finished: Project
 ) -> None:
@@ -180,9 +173,8 @@ def test_weights_give_the_same_classes_elsewhere(
     model, metadata = load_model(root / MODEL)
     if mlp_layers(model, metadata) is None:
         pytest.skip("docs/predict.md is about the multi-layer perceptron")
-    numpy_code, torch_code = blocks(section(DOCS / "predict.md", "The weights elsewhere"), "python")
-    _, code = torch_code if package == "torch" else numpy_code
-    printed = Project(root, {}).run("python", "-c", code)
+    codes = blocks(section(DOCS / "predict.md", "The weights elsewhere"), "python")
+    printed = Project(root, {}).run("python", "-c", codes[PACKAGES.index(package)])
     labels = predict(model, load_split(root / "data/test.npz")).predicted_labels
     assert ast.literal_eval(printed) == [metadata.class_names[label] for label in labels]
 
@@ -191,7 +183,7 @@ def test_weights_give_the_same_classes_elsewhere(
 def test_sweep_over_hosts_gives_the_weights_of_a_queue(finished: Project, tmp_path: Path) -> None:
     """Follow docs/sharing.md. Two clones that train at the same time stand for two hosts."""
     page = section(DOCS / "sharing.md", "Experiments on several hosts")
-    (_, sweep), _, (_, collect) = blocks(page, "sh")
+    sweep, _, collect = blocks(page, "sh")
     remote = str(tmp_path / "remote.git")
     finished.run("dvc", "remote", "add", "--default", "storage", str(tmp_path / "storage"))
     commit(finished, "Share results")
@@ -227,7 +219,7 @@ def test_sweep_over_hosts_gives_the_weights_of_a_queue(finished: Project, tmp_pa
 
 @pytest.mark.docs
 def test_branches_that_both_trained_can_be_merged(finished: Project) -> None:
-    commands = block(section(DOCS / "sharing.md", "Branches that both trained"), "sh")
+    (commands,) = blocks(section(DOCS / "sharing.md", "Branches that both trained"), "sh")
     finished.run("git", "switch", "--quiet", "--create", "other")
     for branch, params in (("other", {"batch_size": 40}), ("main", {"momentum": 0.5})):
         finished.run("git", "switch", "--quiet", branch)

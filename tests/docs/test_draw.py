@@ -8,28 +8,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import draw as script
+import draw
 import numpy as np
 import pytest
-from draw import (
-    DISTORTIONS,
-    MAX_BYTES,
-    MAX_CLASSES_WITH_COUNTS,
-    PAGE,
-    PICTURES,
-    draw,
-    draw_confusion,
-    draw_curves,
-    draw_distorted,
-    draw_ladder,
-    to_png,
-    with_graph,
-)
 from msgspec.structs import asdict, replace
 from PIL import Image
 
 from stages.shared.errors import UserError
 from tests.conftest import ROOT, SMALL, Project, small_split, stale
+from tests.docs.pages import DOCS, check_states, section
 
 NUMBER = r"-?\d+(?:\.\d+)?"
 Row = dict[str, str]
@@ -61,24 +48,24 @@ def same(picture: bytes, other: bytes) -> bool:
     return bool((abs(coordinates - others) < 0.015).all())  # pixels, cut after two decimals
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", draw.PICTURES)
 def test_picture_shows_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    for path in PICTURES[name][1]:
+    for path in draw.PICTURES[name][1]:
         if not Path(path).exists():
             pytest.skip(f"{path} is not there; `make repro` makes it")
     committed = Path("docs/pictures", name).read_bytes()
-    assert len(committed) <= MAX_BYTES
-    if not same(draw(name), committed):
+    assert len(committed) <= draw.MAX_BYTES
+    if not same(draw.draw(name), committed):
         stale(f"docs/pictures/{name} shows other results; run `make pictures`")
 
 
 def test_page_has_the_graph_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    page = Path(PAGE).read_text()
+    page = Path(draw.PAGE).read_text()
     assert "\n```mermaid\nflowchart " in page
-    if with_graph(page) != page:
-        stale(f"{PAGE} shows another graph; run `make pictures`")
+    if draw.with_graph(page) != page:
+        stale(f"{draw.PAGE} shows another graph; run `make pictures`")
 
 
 def test_ladder_is_the_table_of_the_page() -> None:
@@ -111,16 +98,16 @@ def confusion(pairs: list[tuple[int, int]], accuracy: float = 0.5) -> bytes:
     rows = [{"actual": f"class {a}", "predicted": f"class {p}"} for a, p in pairs]
     of_class = {f"class {label}": 0.5 for label in sorted({actual for actual, _ in pairs})}
     metrics = {"accuracy": accuracy, "accuracy_95_low": 0.4, "accuracy_95_high": 0.6}
-    return draw_confusion(rows, {"accuracy_of": of_class}, metrics)
+    return draw.draw_confusion(rows, {"accuracy_of": of_class}, metrics)
 
 
 def test_curves_depend_on_all_metrics() -> None:
-    curves = draw_curves(history(10))
-    assert same(curves, draw_curves(history(10)))
-    assert not same(curves, draw_curves(history(10, validation_accuracy="0.7501")))
-    assert not same(curves, draw_curves([*history(5, train_loss="0.202"), *history(10)[5:]]))
-    assert not same(curves, draw_curves(history(11)))
-    assert not same(curves, draw_curves(history(10, validated=False)))
+    curves = draw.draw_curves(history(10))
+    assert same(curves, draw.draw_curves(history(10)))
+    assert not same(curves, draw.draw_curves(history(10, validation_accuracy="0.7501")))
+    assert not same(curves, draw.draw_curves([*history(5, train_loss="0.202"), *history(10)[5:]]))
+    assert not same(curves, draw.draw_curves(history(11)))
+    assert not same(curves, draw.draw_curves(history(10, validated=False)))
 
 
 def test_confusion_depends_on_all_predictions() -> None:
@@ -135,38 +122,37 @@ def test_confusion_depends_on_all_predictions() -> None:
 def test_ladder_depends_on_all_numbers() -> None:
     low = {"name": "a", "test_accuracy": "0.95", "test_deviation": "0.0020", "seconds": "4.5"}
     high = {"name": "b", "test_accuracy": "0.99", "test_deviation": "0.0010", "seconds": "126"}
-    ladder = draw_ladder([low, high])
-    assert same(ladder, draw_ladder([low, high]))
+    ladder = draw.draw_ladder([low, high])
+    assert same(ladder, draw.draw_ladder([low, high]))
     for change in ({"name": "c"}, {"test_deviation": "0.0021"}, {"seconds": "4.6"}):
-        assert not same(ladder, draw_ladder([low | change, high]))
+        assert not same(ladder, draw.draw_ladder([low | change, high]))
 
 
 def test_png_depends_on_small_differences() -> None:
     page = Image.new("RGB", (1208, 670), "white")
-    before = to_png(page)
+    before = draw.to_png(page)
     page.paste("black", (8, 30, 12, 34))  # a pixel of an image of 28 x 28
     assert same(before, before)
-    assert not same(before, to_png(page))
+    assert not same(before, draw.to_png(page))
 
 
 def test_distortions_depend_on_the_params(monkeypatch: pytest.MonkeyPatch) -> None:
     train = small_split(50, (28, 28))
-    before = draw_distorted(train)
-    assert same(before, draw_distorted(train))
-    monkeypatch.setattr(script, "DISTORTIONS", replace(DISTORTIONS, elastic=1.1))
-    assert not same(before, draw_distorted(train))
+    before = draw.draw_distorted(train)
+    assert same(before, draw.draw_distorted(train))
+    monkeypatch.setattr(draw, "DISTORTIONS", replace(draw.DISTORTIONS, elastic=1.1))
+    assert not same(before, draw.draw_distorted(train))
 
 
 def test_distortions_are_those_of_the_page() -> None:
-    page = " ".join((ROOT / "docs/experiments.md").read_text().split())
-    *others, last = (f"`{name}: {value}`" for name, value in asdict(DISTORTIONS).items())
-    assert f"With {', '.join(others)} and {last}: ![" in page
+    distortions = [f"{name}: {value}" for name, value in asdict(draw.DISTORTIONS).items()]
+    check_states(section(DOCS / "experiments.md", "What the network sees"), *distortions)
 
 
 @pytest.mark.parametrize("image_shape", [(28, 28), (9, 40, 1), (6, 4, 2), (32, 20, 3), (9, 9, 4)])
 def test_distortions_of_any_images(image_shape: tuple[int, ...]) -> None:
-    png = draw_distorted(small_split(50, image_shape))
-    assert len(png) <= MAX_BYTES
+    png = draw.draw_distorted(small_split(50, image_shape))
+    assert len(png) <= draw.MAX_BYTES
     rows, columns = image_shape[:2]
     assert pixels(png).shape[:2] == (2 * (3 * (rows + 2) - 2), 2 * (9 * (columns + 2) - 2))
 
@@ -174,8 +160,8 @@ def test_distortions_of_any_images(image_shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("validated", [True, False])
 @pytest.mark.parametrize("epochs", [1, 2, 10_000])
 def test_curves_of_any_training(epochs: int, validated: bool) -> None:
-    svg = draw_curves(history(epochs, validated))
-    assert len(svg) <= MAX_BYTES
+    svg = draw.draw_curves(history(epochs, validated))
+    assert len(svg) <= draw.MAX_BYTES
     assert f"train {1 / epochs:.4f}" in texts(svg)
     assert ("validation 0.7500" in texts(svg)) == validated
     assert f"{epochs:,}" in texts(svg)  # on the axis
@@ -183,16 +169,16 @@ def test_curves_of_any_training(epochs: int, validated: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "num_classes", [2, MAX_CLASSES_WITH_COUNTS, MAX_CLASSES_WITH_COUNTS + 1, 30, 256]
+    "num_classes", [2, draw.MAX_CLASSES_WITH_COUNTS, draw.MAX_CLASSES_WITH_COUNTS + 1, 30, 256]
 )
 def test_confusion_of_any_classes(num_classes: int) -> None:
     count = 20_000  # half of them correct, the others random
     labels = np.random.default_rng(0).integers(0, num_classes, (count, 2))
     labels[: count // 2, 1] = labels[: count // 2, 0]
     svg = confusion([(actual, predicted) for actual, predicted in labels.tolist()])
-    assert len(svg) <= MAX_BYTES
+    assert len(svg) <= draw.MAX_BYTES
     counts = [int(text) for text in texts(svg) if text.isdigit()]
-    assert sum(counts) == (count if num_classes <= MAX_CLASSES_WITH_COUNTS else 0)
+    assert sum(counts) == (count if num_classes <= draw.MAX_CLASSES_WITH_COUNTS else 0)
     assert texts(svg).count("class 0") == 2  # one on each axis
 
 
@@ -204,11 +190,11 @@ def test_confusion_shows_classes_without_examples() -> None:
 
 def test_png_of_photographs_is_small() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (670, 1208, 3), np.uint8)
-    assert len(to_png(Image.fromarray(noise))) <= MAX_BYTES
+    assert len(draw.to_png(Image.fromarray(noise))) <= draw.MAX_BYTES
 
 
 def test_script_draws_other_results(finished: Project) -> None:
-    page = finished.read(PAGE)
+    page = finished.read(draw.PAGE)
     Project(finished.root, {"PYTHONPATH": "."}).run("python", "docs/pictures/draw.py")
     shown = texts(finished.read("docs/pictures/confusion.svg"))
     accuracy = json.loads(finished.read("metrics/accuracy.json"))["accuracy"]
@@ -217,11 +203,11 @@ def test_script_draws_other_results(finished: Project) -> None:
     assert set(test.class_names) <= set(shown)
     assert sum(int(text) for text in shown if text.isdigit()) == len(test)
     assert len(pixels(finished.read("docs/pictures/mistakes.png")))
-    assert finished.read(PAGE) != page
-    assert '["train"]' in finished.read(PAGE).decode()
+    assert finished.read(draw.PAGE) != page
+    assert '["train"]' in finished.read(draw.PAGE).decode()
 
 
 def test_missing_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^metrics/history\.csv: not found; .*`make repro`"):
-        draw("curves.svg")
+        draw.draw("curves.svg")

@@ -7,8 +7,17 @@ imported. So `stages.shared.openblas.load_openblas` can load a faster library af
 
 import os
 import sys
+from pathlib import Path
 
 MLX_CAME_FIRST = "mlx.core" in sys.modules  # as in a notebook; its symbols are bound already
 
 if sys.platform == "linux":
     sys.setdlopenflags(os.RTLD_LAZY)
+
+# Size, time of the last change and inode of each code file before Python imports it, so that
+# `stages.shared.inputs` notices an edit at any moment.
+CODE_STATS = {
+    str(path): (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    for path in Path(__file__).resolve().parent.rglob("*.py")
+    for stat in [path.lstat()]
+}

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stages.shared.cli import run
 from stages.shared.data import Split, load_split
 from stages.shared.files import atomic_write, save_csv, save_json
+from stages.shared.inputs import Inputs
 from stages.shared.metrics import Predictions, predict
 from stages.shared.model_file import load_model
 from stages.shared.openblas import load_openblas
@@ -95,6 +96,7 @@ def draw_mistakes(split: Split, predictions: Predictions) -> Image.Image:
 
 
 def main() -> None:
+    inputs = Inputs()
     mx.set_default_device(mx.cpu)  # the same metrics, whatever device trained the model
     load_openblas(1)
     model, metadata = load_model(MODEL)
@@ -102,6 +104,7 @@ def main() -> None:
     metadata.check_compatible(TEST, test)
     predictions = predict(model, test)
     metrics = accuracy_metrics(predictions)
+    inputs.check_unchanged()
     save_json(METRICS / "accuracy.json", metrics)
     save_json(METRICS / "classes.json", {"accuracy_of": class_accuracies(test, predictions)})
     names = np.array(test.class_names)
@@ -113,7 +116,8 @@ def main() -> None:
     with atomic_write(METRICS / "misclassified.png") as file:
         draw_mistakes(test, predictions).save(file, "PNG")
     interval = "{accuracy_95_low:.4f} to {accuracy_95_high:.4f}".format_map(metrics)
-    print(f"accuracy {predictions.accuracy:.4f}, 95% interval {interval}")
+    print(f"accuracy {predictions.accuracy:.4f}, 95% interval {interval}", flush=True)
+    inputs.check_unchanged()
 
 
 if __name__ == "__main__":

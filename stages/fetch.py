@@ -34,6 +34,7 @@ from urllib3.exceptions import HTTPError
 from stages.shared.cli import run
 from stages.shared.errors import UserError
 from stages.shared.files import atomic_write, save_json
+from stages.shared.inputs import Inputs
 from stages.shared.params import read_params
 
 RAW = Path("data/raw")
@@ -264,7 +265,9 @@ def fetch(dataset_name: str, folder: Path) -> None:
 
 
 def main() -> None:
+    inputs = Inputs()
     fetch(read_params("fetch", FetchParams).dataset, RAW)
+    inputs.check_unchanged()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from stages.shared.data import Split, save_split
 from stages.shared.dvc_lock import check_recorded
 from stages.shared.errors import UserError
 from stages.shared.files import map_file, reading
+from stages.shared.inputs import Inputs
 from stages.shared.params import read_params
 
 DATA = Path("data")
@@ -86,17 +87,20 @@ def save(name: str, split: Split, indices: Indices) -> None:
 
 
 def main() -> None:
+    inputs = Inputs()
     params = read_params("preprocess", PreprocessParams)
-    check_recorded(RAW)
+    check_recorded(*RAW.glob("*"))
     labelled = read_raw(RAW, "train")
     test = read_raw(RAW, "t10k")
     if params.validation_size >= len(labelled):
         problem = f"is {params.validation_size}, must be less than the {len(labelled)} examples"
         raise UserError(f"params.yaml: preprocess.validation_size {problem}")
     train, validation = split_indices(len(labelled), params.validation_size, params.seed)
+    inputs.check_unchanged()
     save("train", labelled, train)
     save("validation", labelled, validation)
     save("test", test, np.arange(len(test)))
+    inputs.check_unchanged()
 
 
 if __name__ == "__main__":

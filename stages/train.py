@@ -37,6 +37,7 @@ from stages.shared.distributed import Ranks, Shards, run_on_ranks
 from stages.shared.dvc_lock import digest
 from stages.shared.errors import UserError
 from stages.shared.files import save_csv, save_json
+from stages.shared.inputs import Inputs
 from stages.shared.metrics import normalize, predict
 from stages.shared.model_file import Metadata, flat_parameters, save_model
 from stages.shared.openblas import load_openblas
@@ -350,7 +351,15 @@ def print_epoch(metrics: EpochMetrics, num_epochs: int, examples_per_second: flo
     print(epoch, *columns, f"{examples_per_second:,.0f} examples/s", sep="  ", flush=True)
 
 
+def save_results(training: Training, metadata: Metadata, metrics: EpochMetrics) -> None:
+    """Write the model, and the metrics of the last epoch."""
+    save_model(MODEL, training.model, metadata)
+    values = known_values(metrics)
+    save_json(METRICS, {name: round(value, 6) for name, value in values.items()})
+
+
 def main(ranks: Ranks) -> None:
+    inputs = Inputs(resumes=True)
     config = read_config()
     select_device(config.train.device)
     kernels = load_openblas(config.train.threads)  # before the first matrix product
@@ -358,6 +367,7 @@ def main(ranks: Ranks) -> None:
     metadata = make_metadata(config.model, splits)
     training = make_training(config, metadata, len(splits.train), ranks)
     identity = identify(config, splits, kernels)
+    inputs.check_unchanged()  # otherwise `identity` could be of other code or data
     history = resume(training, identity)
     check_ranks(ranks, training, splits, identity)
     is_first = ranks.rank == 0  # the rank that prints and writes
@@ -368,13 +378,14 @@ def main(ranks: Ranks) -> None:
     for metrics in train(training, splits, first_epoch=len(history) + 1):
         history.append(metrics)
         if is_first:
+            inputs.note_change()
             save_progress(training, identity, history)
             seconds, started = time.perf_counter() - started, time.perf_counter()
             print_epoch(metrics, config.train.num_epochs, len(splits.train) / seconds)
     if is_first:
-        save_model(MODEL, training.model, metadata)
-        last = known_values(history[-1])
-        save_json(METRICS, {name: round(value, 6) for name, value in last.items()})
+        inputs.check_unchanged()
+        save_results(training, metadata, history[-1])
+        inputs.check_unchanged()
         CHECKPOINT.unlink(missing_ok=True)
 
 

@@ -173,6 +173,21 @@ def paused_training(project: Project) -> Iterator[subprocess.Popen[bytes]]:
     assert checkpoint.exists() == (process.returncode != 0)
 
 
+def test_edit_during_a_run_is_not_recorded(finished: Project) -> None:
+    """DVC reads params.yaml again after the run."""
+    before = finished.params()["train"]
+    lock = finished.read("dvc.lock")
+    with paused_training(finished) as process:
+        finished.set(learning_rate=before["learning_rate"] / 2)
+    assert process.returncode
+    assert finished.read("dvc.lock") == lock
+    finished.set(learning_rate=before["learning_rate"])
+    assert re.search(r"^resumed after epoch 100,", finished.run("dvc", "repro"), re.MULTILINE)
+    resumed = {name: finished.read(name) for name in RESULTS}
+    finished.run("dvc", "repro", "--force")
+    assert {name: finished.read(name) for name in RESULTS} == resumed
+
+
 def test_killed_training_resumes(finished: Project) -> None:
     with paused_training(finished) as process:
         os.killpg(process.pid, signal.SIGKILL)

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from stages import preprocess
+from stages import fetch, preprocess
 from stages.fetch import DATASETS
 from stages.preprocess import RAW, decode_idx, read_raw, split_indices
 from stages.shared.data import load_split
+from stages.shared.inputs import Inputs
 from stages.shared.model_file import load_model
 from tests.conftest import STAGES, Project, error_of, finish
 from tests.faults.hostile import JSON, damaged, refused
@@ -171,7 +172,29 @@ def test_damaged_file_is_detected_when_dvc_runs_the_stage(
     path.write_bytes(whole + b" ")  # still valid JSON
     line = error_of(preprocess.main, small, monkeypatch)
     path.write_bytes(whole)
-    assert re.match("error: data/raw: damaged .*dvc.lock.*; .*`make repro`", line)
+    assert re.match("error: data/raw/class_names.json: damaged .*dvc.lock.*; .*`make repro`", line)
+
+
+@pytest.mark.parametrize("stage", ["fetch", "preprocess"])
+def test_edit_during_a_run_is_an_error(
+    stage: str, small: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = {"fetch": fetch.main, "preprocess": preprocess.main}[stage]
+    path = small.root / "stages/shared/files.py"
+    whole = path.read_bytes()
+    monkeypatch.setenv("DVC_STAGE", stage)
+    monkeypatch.setattr(fetch, "DOWNLOADS", small.root / ".downloads")
+    check = Inputs.check_unchanged
+
+    def edit_and_check(self: Inputs) -> None:
+        path.write_bytes(whole + b"# edited\n")
+        check(self)
+
+    monkeypatch.setattr(Inputs, "check_unchanged", edit_and_check)
+    monkeypatch.setattr(fetch, "fetch", lambda *_: None)
+    line = error_of(main, small, monkeypatch)
+    path.write_bytes(whole)
+    assert re.match(r"error: stages/shared/files\.py: .*changed.*; rerun", line)
 
 
 def test_first_run_downloads_all_files(small: Project, mirror: Mirror) -> None:

@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import zc.lockfile
 
 from stages.shared.dvc_lock import LOCK
 from stages.shared.errors import UserError
-from tests.conftest import Project
+from tests.conftest import Project, commit
 from tests.faults import disk
 from tests.faults.damage import cached_path
 from tools import verify
@@ -134,9 +135,7 @@ def test_files_of_an_output_folder_are_verified(
     for path in (cached_path(finished, str(a)), b):
         path.unlink()
         path.write_text("other")
-    c.unlink()
-    c.symlink_to("nowhere")
-    assert output_of_verify() == repaired(f"{a} in the cache", b, c)
+    assert output_of_verify() == repaired(f"{a} in the cache", b)
     (listing,) = Path(".dvc/cache/files").glob("md5/*/*.dir")
     cut(listing)
     assert output_of_verify() == repaired("data/folder in the cache")
@@ -155,15 +154,94 @@ def test_run_cache_keeps_params_in_scientific_notation(
 
 def test_nothing_is_touched_while_another_dvc_runs(output_of_verify: Verify) -> None:
     leftovers = leave_behind()
-    process = {"pid": os.getpid(), "cmd": "dvc"}
+    process = {"pid": os.getpid(), "cmd": " ".join(psutil.Process().cmdline()[1:])}
     for used in ({"read": {"dvc.yaml": [process]}}, {"write": {"data": process}}):
         RWLOCK.write_text(json.dumps(used))
         assert OTHER_DVC.fullmatch(output_of_verify())
-    RWLOCK.unlink()
+    # Another program has the number of a process that was killed.
+    RWLOCK.write_text(json.dumps({"write": {"data": {**process, "cmd": "/bin/dvc repro"}}}))
     lock = zc.lockfile.LockFile(f"{RWLOCK}.lock")
     assert OTHER_DVC.fullmatch(output_of_verify())
     lock.close()
-    assert output_of_verify() == repaired(*leftovers[1:])
+    assert output_of_verify() == repaired(*leftovers)
+
+
+def test_lock_file_of_dvc_may_be_a_folder(finished: Project, output_of_verify: Verify) -> None:
+    Path(f"{RWLOCK}.lock").unlink(missing_ok=True)
+    Path(f"{RWLOCK}.lock").mkdir()
+    assert ALL_INTACT.fullmatch(output_of_verify())
+    assert finished.repro() == []
+
+
+@pytest.mark.parametrize(
+    "lock",
+    ["stages: []", "stages: {train: }", "stages: {train: {outs: [{path: data}]}}", "- 1", "x: ["],
+)
+def test_malformed_lock_in_git_does_not_stop_the_next_run(
+    lock: str, finished: Project, output_of_verify: Verify
+) -> None:
+    before = finished.results()
+    LOCK.write_text(f"{lock}\n")
+    commit(finished, "Commit a malformed dvc.lock")
+    output_of_verify()
+    finished.repro()
+    assert finished.results() == before
+
+
+def test_empty_folders_in_the_run_cache_are_removed(
+    finished: Project, output_of_verify: Verify
+) -> None:
+    """DVC fails at them as soon as a stage must run."""
+    before = finished.results()
+    for entry in Path(".dvc/cache/runs").glob("*/*/*"):
+        entry.unlink()
+    LOCK.unlink()
+    output_of_verify()
+    assert len(finished.repro()) == 2
+    assert finished.results() == before
+
+
+def test_folder_of_the_user_is_named_not_removed() -> None:
+    """An output that is a folder now is not a damaged file."""
+    for path in (MODEL, CHECKPOINT, Path("data/.own.part")):
+        path.unlink(missing_ok=True)
+        own = path / "notes.txt"
+        path.mkdir()
+        own.write_text("mine")
+        with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: .*folder.*move"):
+            verify.main()
+        assert own.read_text() == "mine"
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("folder", ["report", "data/../report/", "."])
+def test_outputs_of_a_stage_in_another_folder(
+    folder: str, finished: Project, output_of_verify: Verify, tmp_path: Path
+) -> None:
+    """Paths in dvc.lock are relative to the working directory of the stage."""
+    up = os.path.relpath(".", folder)
+    outs = ("--outs=notes", f"--outs-no-cache={up}/../beside")
+    Path("report").mkdir()
+    command = f"echo 1 > notes; echo 1 > {up}/../beside"
+    finished.run("dvc", "stage", "add", "--name=report", f"--wdir={folder}", *outs, command)
+    finished.repro()
+    beside, written = tmp_path / "beside", Path(folder, "notes")
+    own = [Path("notes/todo.txt"), Path("beside/todo.txt"), Path("report/todo.txt")]
+    for path in own[folder == "." :]:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    assert ALL_INTACT.fullmatch(output_of_verify())
+    beside.unlink()
+    beside.mkdir()
+    written.unlink()
+    written.symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"notes: .*not a regular file.*move"):
+        verify.main()
+    assert written.is_symlink()
+    written.unlink()
+    assert output_of_verify()
+    assert beside.is_dir()
+    assert all(path.read_text() == "mine" for path in own[folder == "." :])
 
 
 @pytest.mark.parametrize(

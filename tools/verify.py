@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import psutil
@@ -25,11 +25,12 @@ from voluptuous import Invalid, Schema
 from zc.lockfile import LockError, LockFile
 
 from stages.shared.cli import argument_parser, run
-from stages.shared.dvc_lock import LOCK, Entry, digest, parse_lock, stages_of
+from stages.shared.dvc_lock import LOCK, digest, parse_lock, stages_of
 from stages.shared.errors import UserError
 from stages.shared.params import read_sections
 
 RWLOCK = Path(".dvc/tmp/rwlock")  # DVC's note of the processes that use a path
+LOCK_FILE = Path(f"{RWLOCK}.lock")
 CHECKPOINT = Path("data/checkpoint.safetensors")
 
 
@@ -41,12 +42,21 @@ def check_setup() -> None:
         if os.path.lexists(path) and not path.is_file():
             remedy = f"run `rm -r {path}` and `git checkout {path}`"
             raise UserError(f"{path}: is not a regular file; {remedy}")
-    stages = None
-    with suppress(OSError, ValueError):
-        stages = msgspec.yaml.decode(Path("dvc.yaml").read_bytes(), type=dict).get("stages")
-    if not stages:
+    for path in (RWLOCK.parent, Path(".dvc/cache")):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{path}: is not a folder; run `rm {path}`")
+    if not defined_stages():
         raise UserError("dvc.yaml: has no stages; restore it with `git checkout dvc.yaml`")
     read_sections()  # raises UserError if params.yaml is malformed
+
+
+def defined_stages() -> dict[str, Any]:
+    """Return the stages in dvc.yaml by name; none if it is malformed."""
+    with suppress(OSError, ValueError):
+        stages = msgspec.yaml.decode(Path("dvc.yaml").read_bytes(), type=dict).get("stages")
+        if isinstance(stages, dict):
+            return stages
+    return {}
 
 
 def cache_folder() -> Path:
@@ -59,11 +69,16 @@ def cache_folder() -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove the file, link or folder at `path`."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    """Remove the file, link or empty folder at `path`.
+
+    Raises `UserError` for a folder with content, which may be the user's.
+    """
+    if not path.is_dir() or path.is_symlink():
         path.unlink()
+    elif any(path.iterdir()):
+        raise UserError(f"{path}: is a folder, must be a file; move the folder away and rerun")
+    else:
+        path.rmdir()
 
 
 def read_valid(path: Path, decode: Callable[[bytes], Any], schema: Schema) -> Any:
@@ -81,15 +96,38 @@ def read_rwlock() -> Any:
 
 def check_idle() -> None:
     """Raise `LockError` if another DVC process works in this project."""
-    used = read_rwlock() or {"read": {}, "write": {}}
-    processes = [*used["write"].values(), *chain(*used["read"].values())]
-    if any(psutil.pid_exists(process["pid"]) for process in processes):
+    if any(is_running(**process) for process in noted_processes()):
         raise LockError("another DVC works here")
 
 
+def noted_processes() -> list[dict[str, Any]]:
+    """Return `pid` and `cmd` of the processes in DVC's note."""
+    used = read_rwlock() or {}
+    return [*used.get("write", {}).values(), *chain(*used.get("read", {}).values())]
+
+
+def is_running(pid: int, cmd: str) -> bool:
+    """Return whether the process that DVC noted still runs.
+
+    Another program can have its number by now, for example in a container that was restarted.
+    """
+    try:
+        running = psutil.Process(pid).cmdline()
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+    script, *arguments = cmd.split()  # sys.argv, so without the interpreter
+    if Path(script).name == "__main__.py":  # python -m dvc
+        script = str(Path(script).parent)
+    names = {Path(part).name for part in running}
+    return Path(script).name in names and " ".join(running).endswith(" ".join(arguments))
+
+
 def repair_rwlock() -> Iterator[str]:
-    """Remove DVC's note of its processes if it is malformed."""
-    if os.path.lexists(RWLOCK) and read_rwlock() is None:
+    """Remove DVC's note of its processes if it is malformed, or if it would block DVC for ever."""
+    blocks = any(psutil.pid_exists(process["pid"]) for process in noted_processes())
+    if os.path.lexists(RWLOCK) and (read_rwlock() is None or blocks):
         remove(RWLOCK)
         yield str(RWLOCK)
 
@@ -103,11 +141,19 @@ def decode_lock(data: bytes) -> Any:
 
 
 def repair_lock() -> Iterator[str]:
-    """Restore dvc.lock from Git if it is malformed. Without a version in Git, only remove it."""
-    if os.path.lexists(LOCK) and not read_valid(LOCK, decode_lock, COMPILED_LOCKFILE_SCHEMA):
+    """Restore dvc.lock from Git if it is malformed. Without a good version there, remove it."""
+    if is_malformed_lock():
         remove(LOCK)
         subprocess.run(["git", "checkout", "--quiet", "--", LOCK], stderr=subprocess.DEVNULL)
+        if is_malformed_lock():
+            remove(LOCK)
         yield str(LOCK)
+
+
+def is_malformed_lock() -> bool:
+    """Return whether dvc.lock exists, but DVC or a stage could not read it."""
+    valid = read_valid(LOCK, decode_lock, COMPILED_LOCKFILE_SCHEMA)
+    return os.path.lexists(LOCK) and not valid
 
 
 def remove_leftovers() -> Iterator[str]:
@@ -126,9 +172,10 @@ def repair_run_cache(cache: Path) -> Iterator[str]:
     for entry in cache.glob("runs/??/*/*"):
         if not (entry.is_file() and is_intact_run(entry)):
             remove(entry)
-            if not any(entry.parent.iterdir()):
-                entry.parent.rmdir()  # DVC fails at an empty folder here
             yield str(entry)
+    for folder in cache.glob("runs/??/*"):
+        if not folder.is_dir() or not any(folder.iterdir()):
+            remove(folder)  # DVC fails at an empty folder here
 
 
 def is_intact_run(entry: Path) -> bool:
@@ -142,10 +189,31 @@ def is_intact_run(entry: Path) -> bool:
     return False
 
 
-def recorded_outputs() -> list[Entry]:
-    """Return the outputs in dvc.lock that have a digest."""
-    stages = stages_of(LOCK.read_bytes()) if LOCK.is_file() else {}
-    return [out for stage in stages.values() for out in stage.outs if out.md5]
+class Output(NamedTuple):
+    """An output in dvc.lock, or a file of an output that is a folder."""
+
+    path: Path  # relative to the project
+    md5: str
+    size: int  # bytes
+    is_ours: bool  # whether one of the modules in stages/ writes it
+
+
+def recorded_outputs() -> Iterator[Output]:
+    """Yield the outputs in dvc.lock that have a digest and are inside the project.
+
+    Their paths in dvc.lock are relative to the working directory of their stage.
+    """
+    defined = defined_stages()
+    for name, stage in stages_of(LOCK.read_bytes() if LOCK.is_file() else b"").items():
+        definition = defined.get(name.partition("@")[0], {})  # name@key for a foreach stage
+        definition = definition.get("do", definition)
+        folder = definition.get("wdir", ".")
+        is_ours = folder == "." and "-m stages." in str(definition.get("cmd"))
+        for out in stage.outs:
+            path = Path(os.path.normpath(Path(folder, out.path)))
+            is_inside = not path.is_absolute() and os.pardir not in path.parts
+            if out.md5 and is_inside and "${" not in folder:  # only DVC can fill in a template
+                yield Output(path, out.md5, out.size, is_ours)
 
 
 def object_path(cache: Path, md5: str) -> Path:
@@ -153,17 +221,17 @@ def object_path(cache: Path, md5: str) -> Path:
     return cache / "files/md5" / md5[:2] / md5[2:]
 
 
-def recorded_files(cache: Path) -> Iterator[tuple[Path, str]]:
-    """Yield path and digest of each output in dvc.lock, and of each file in an output folder.
+def recorded_files(cache: Path) -> Iterator[Output]:
+    """Yield each output in dvc.lock, and each file in an output folder.
 
     The cache lists the files of a folder. Without an intact list DVC itself reads the folder again.
     """
     for out in recorded_outputs():
-        yield Path(out.path), out.md5
+        yield out
         listing = object_path(cache, out.md5)
         if out.md5.endswith(".dir") and listing.is_file() and not is_damaged(listing, out.md5):
             for file in json.loads(listing.read_bytes()):
-                yield Path(out.path, file["relpath"]), file["md5"]
+                yield out._replace(path=out.path / file["relpath"], md5=file["md5"])
 
 
 def is_damaged(path: Path, md5: str) -> bool:
@@ -179,27 +247,30 @@ def repair_outputs(cache: Path) -> Iterator[str]:
     """Remove what differs from dvc.lock: objects of the cache, and outputs in the workspace.
 
     An output that is a regular file stays, because the user may have edited it. Its times change,
-    so that DVC reads it again.
+    so that DVC reads it again. An output that this project's stages do not write also stays.
     """
-    for path, md5 in recorded_files(cache):
+    for path, md5, _, is_ours in recorded_files(cache):
         cached = object_path(cache, md5)
         if is_damaged(cached, md5):
             remove(cached)
             yield f"{path} in the cache"
         is_folder = md5.endswith(".dir")  # its files follow
-        if not is_folder and is_damaged(path, md5):
-            if path.is_file():
-                os.utime(path)
-            else:
-                remove(path)
-            yield str(path)
+        if is_folder or not is_damaged(path, md5):
+            continue
+        if path.is_file():
+            os.utime(path)
+        elif is_ours:
+            remove(path)
+        else:
+            raise UserError(f"{path}: is not a regular file; move it away and rerun")
+        yield str(path)
 
 
 def summary(repaired: list[str]) -> str:
     """Describe in one line what was verified or repaired."""
     if repaired:
         return f"repaired (did not match dvc.lock): {', '.join(repaired)}"
-    outs = recorded_outputs()
+    outs = list(recorded_outputs())
     present = sum(os.path.lexists(out.path) for out in outs)
     return f"verified {present} of {len(outs)} outputs in dvc.lock"
 
@@ -222,7 +293,9 @@ def main(disk_space: bool = False) -> None:
         return
     try:
         RWLOCK.parent.mkdir(exist_ok=True)
-        with closing(LockFile(f"{RWLOCK}.lock")):  # keeps other DVC processes from starting a stage
+        if LOCK_FILE.is_dir():
+            remove(LOCK_FILE)
+        with closing(LockFile(str(LOCK_FILE))):  # keeps other DVC processes from starting a stage
             check_idle()
             repaired = [
                 *repair_rwlock(),

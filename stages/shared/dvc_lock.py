@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -48,6 +49,9 @@ class Lock(msgspec.Struct, frozen=True):
     stages: dict[str, Stage] = {}
 
 
+Record = TypeVar("Record", Lock, Stage)
+
+
 def parse_lock(text: str | bytes) -> dict[str, Stage]:
     """Return the stages of a dvc.lock by name. Raise `ValueError` if `text` is malformed.
 
@@ -67,28 +71,67 @@ def stages_of(text: str | bytes) -> dict[str, Stage]:
         return {}
 
 
-def check_recorded(path: Path) -> None:
-    """Raise `UserError` if `path` is not a regular file or a folder of regular files.
+def recorded_digests(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the digest of each path that dvc.lock or a `.dvc` file, of `dvc add`, records.
+
+    Raises `UserError` if such a file is malformed.
+    """
+    recorded = {}
+    if LOCK.exists():
+        stages = read_record(LOCK, Lock).stages
+        recorded = {Path(out.path): out.md5 for stage in stages.values() for out in stage.outs}
+    for path in paths:
+        if record_of_dvc_add(path).exists():
+            for out in read_record(record_of_dvc_add(path), Stage).outs:
+                recorded[path] = out.md5
+    return {path: recorded[path] for path in paths if recorded.get(path)}
+
+
+def record_of_dvc_add(path: Path) -> Path:
+    """Return the file in which `dvc add` records `path`."""
+    return path.with_name(f"{path.name}.dvc")
+
+
+def read_record(path: Path, record_type: type[Record]) -> Record:
+    """Read dvc.lock or a `.dvc` file. Raises `UserError` if it is malformed."""
+    try:
+        return msgspec.yaml.decode(path.read_bytes(), type=record_type)
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path}: malformed ({line:.200}); run `git checkout {path}`") from None
+
+
+def check_recorded(*paths: Path) -> None:
+    """Raise `UserError` if a path is not a regular file or a folder of regular files.
 
     Raise it also if DVC runs this stage and recorded other content. DVC itself does not notice:
     it does not read a file in its cache again as long as that file is read-only.
     """
-    for found in (path, *path.rglob("*")):
-        if os.path.lexists(found) and not (found.is_file() or found.is_dir()):
-            raise DamagedError(found, "it is not a regular file")  # a pipe would block the reader
-    if "DVC_STAGE" not in os.environ or not path.exists():
+    for path in paths:
+        for found in (path, *path.rglob("*")):
+            check_regular(found, is_inside=found != path)
+    if "DVC_STAGE" not in os.environ:
         return
-    tracked = Path(f"{path}.dvc")  # written by `dvc add`
-    if tracked.exists():
-        outs = msgspec.yaml.decode(tracked.read_bytes(), type=Stage).outs
-        if digest(path) not in [out.md5 for out in outs]:
+    for path, expected in recorded_digests(paths).items():
+        if path.exists() and digest(path) != expected:
+            record = record_of_dvc_add(path)
+            if not record.exists():
+                raise DamagedError(path, "its MD5 is not the one in dvc.lock")
             remedy = f"run `dvc checkout --force {path}` to restore it, `dvc add {path}` to keep it"
-            raise UserError(f"{path}: its MD5 is not the one in {tracked}; {remedy}")
-    elif LOCK.exists():
-        outs = [out for stage in parse_lock(LOCK.read_bytes()).values() for out in stage.outs]
-        expected = [out.md5 for out in outs if Path(out.path) == path]
-        if expected and digest(path) not in expected:
-            raise DamagedError(path, "its MD5 is not the one in dvc.lock")
+            raise UserError(f"{path}: its MD5 is not the one in {record}; {remedy}")
+
+
+def check_regular(path: Path, *, is_inside: bool) -> None:
+    """Raise `UserError` if `path` exists and is not a regular file or a folder.
+
+    A link to a file is allowed, because DVC can check out links into its cache. A link to a folder
+    inside a tracked folder is not: DVC records that folder as empty.
+    """
+    if is_inside and path.is_symlink() and path.is_dir():
+        remedy = "put the folder itself in its place and run `dvc add` again"
+        raise UserError(f"{path}: is a link to a folder, which DVC does not follow; {remedy}")
+    if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+        raise DamagedError(path, "it is not a regular file")  # a pipe would block the reader
 
 
 def digest(path: Path) -> str:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stages.shared.cli import run
 from stages.shared.data import Split, load_split
+from stages.shared.errors import UserError
 from stages.shared.files import atomic_write, save_csv, save_json
 from stages.shared.inputs import Inputs
 from stages.shared.metrics import Predictions, predict
@@ -103,6 +104,9 @@ def main() -> None:
     test = load_split(TEST)
     metadata.check_compatible(TEST, test)
     predictions = predict(model, test)
+    if not math.isfinite(predictions.loss):
+        problem = f"its loss on {TEST} is {predictions.loss}, so its training diverged"
+        raise UserError(f"{MODEL}: {problem}; lower train.learning_rate in params.yaml")
     metrics = accuracy_metrics(predictions)
     inputs.check_unchanged()
     save_json(METRICS / "accuracy.json", metrics)

@@ -218,21 +218,26 @@ def train(training: Training, splits: Splits, first_epoch: int = 1) -> Iterator[
             disable=None,
         )
         train_loss = train_epoch(model, optimizer, step, progress_bar)
-        check_finite(model, train_loss, epoch, params)
+        metrics = EpochMetrics(epoch, train_loss)
         if len(splits.validation):
             predictions = predict(model, splits.validation)
-            yield EpochMetrics(epoch, train_loss, predictions.loss, predictions.accuracy)
-        else:
-            yield EpochMetrics(epoch, train_loss)
+            metrics = EpochMetrics(epoch, train_loss, predictions.loss, predictions.accuracy)
+        check_finite(model, metrics, params)
+        yield metrics
 
 
-def check_finite(model: nn.Module, train_loss: float, epoch: int, params: TrainParams) -> None:
-    """Raise `UserError` if the loss or a weight is not a finite number."""
+def check_finite(model: nn.Module, metrics: EpochMetrics, params: TrainParams) -> None:
+    """Raise `UserError` if a weight or a loss is not a finite number.
+
+    Finite weights can be so large that a loss is not finite.
+    """
     weights = flat_parameters(model).values()
-    if not (math.isfinite(train_loss) and all(mx.isfinite(array).all() for array in weights)):
+    losses = [metrics.train_loss, metrics.validation_loss or 0.0]
+    if not (all(map(math.isfinite, losses)) and all(mx.isfinite(array).all() for array in weights)):
         raise UserError(
-            f"params.yaml: training diverged in epoch {epoch} (loss {train_loss:.4g}); lower"
-            f" train.learning_rate (now {params.learning_rate})"
+            f"params.yaml: training diverged in epoch {metrics.epoch} (train loss {losses[0]:.4g},"
+            f" validation loss {losses[1]:.4g}); lower train.learning_rate (now"
+            f" {params.learning_rate})"
         )
 
 

@@ -57,6 +57,25 @@ def test_shards_are_added_as_a_binary_tree(count: int) -> None:
         assert not is_equal(found, in_sequence)
 
 
+@pytest.mark.parametrize("count", [70, 6])
+def test_running_statistics_are_averaged_over_the_shards(count: int) -> None:
+    """A frozen layer stays as it is. Of 6 examples, the last shard is empty."""
+    frozen = nn.Linear(9, 9)
+    frozen.freeze()
+    model = nn.Sequential(frozen, nn.BatchNorm(9), nn.Linear(9, 3))
+    pixels, labels = PIXELS[:count], LABELS[:count]
+    weight, mean = mx.array(frozen.weight), mx.array(model.layers[1].running_mean)
+    shards = Shards(4, Ranks())
+    size = -(-count // 4)
+    parts = [frozen(pixels[start : start + size]) for start in range(0, count, size)]
+    momentum = model.layers[1].momentum
+    means = sum(len(part) / count * part.mean(axis=0) for part in parts)
+    shards.value_and_grad(model, loss_fn)(model, pixels, labels)
+    expected = (1 - momentum) * mean + momentum * means
+    assert mx.allclose(model.layers[1].running_mean, expected, atol=1e-6)
+    assert mx.array_equal(frozen.weight, weight)
+
+
 def test_each_shard_of_each_step_has_its_own_random_numbers() -> None:
     model = nn.Linear(9, 3)
 

@@ -90,6 +90,21 @@ def test_folder_digest_is_that_of_dvc(finished: Project, monkeypatch: pytest.Mon
         check_recorded(folder)
 
 
+def test_link_to_a_folder_is_rejected(tmp_path: Path) -> None:
+    """DVC records such a folder as empty, and would not notice new files in it."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "data/letters"
+    elsewhere.mkdir()
+    (folder / "a").mkdir(parents=True)
+    (elsewhere / "1.png").touch()
+    (folder / "a/1.png").symlink_to(elsewhere / "1.png")  # as DVC can check out a file
+    check_recorded(folder)
+    for link in (folder / "b", folder / "a/b"):
+        link.symlink_to(elsewhere)
+        with pytest.raises(UserError, match=f"^{link}: is a link to a folder.*`dvc add`"):
+            check_recorded(folder)
+        link.unlink()
+
+
 def test_pipe_is_not_read(tmp_path: Path) -> None:
     pipe = tmp_path / "folder/pipe"
     pipe.parent.mkdir()

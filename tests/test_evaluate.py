@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from stages import evaluate
 from stages.evaluate import IMAGE_SIDE, MODEL, TEST, TITLE_HEIGHT, draw_image, draw_mistakes
 from stages.shared.data import Split, save_split
 from stages.shared.metrics import Predictions
+from stages.shared.model_file import flat_parameters, load_model, save_model
 from tests.conftest import SMALL, Project, error_of, small_split
 
 NAMES = ("zero", "one", "two")
@@ -121,6 +123,13 @@ def test_outputs_agree_with_each_other(finished: Project) -> None:
     assert Image.open(finished.root / "metrics/misclassified.png").width == 8 * 150
 
 
+def write_huge_weights(root: Path) -> None:
+    model, metadata = load_model(root / MODEL)
+    weights = {name: mx.full(array.shape, 3e38) for name, array in flat_parameters(model).items()}
+    model.load_weights(list(weights.items()))
+    save_model(root / MODEL, model, metadata)
+
+
 def write_file_at_metrics(root: Path) -> None:
     shutil.rmtree(root / "metrics")
     (root / "metrics").touch()
@@ -135,6 +144,7 @@ def write_file_at_metrics(root: Path) -> None:
             rf"{TEST}: .*\(9, 11, 3\).*\(9, 11\).*one data set",
         ),
         (lambda root: save_split(root / TEST, SMALL["test"][:0]), f"{TEST}: has no examples"),
+        (write_huge_weights, rf"{MODEL}: .*loss on {TEST} is .*train\.learning_rate"),
         (write_file_at_metrics, r"metrics/accuracy\.json: cannot be written .*File exists"),
     ],
 )

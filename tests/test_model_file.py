@@ -91,11 +91,13 @@ def test_wrong_file_is_an_error_with_its_reason(saved: tuple[Model, Path], tmp_p
     write_safetensors(path, {str(number): entry for number in range(99)}, bytes(999))
     check_error(r"damaged \(arrays overlap: 98,901 bytes in a file of [67],\d{3}\); .*`make repro`")
     rewrite(path, whole, image_shape=[20])
-    check_error(r"damaged \(.*`\$\.image_shape`\); .*`make repro`")
+    check_error(r"does not fit .*code \(.*`\$\.image_shape`\); .*`dvc repro`")
     rewrite(path, whole, params={})
-    check_error(r"damaged \(.*missing.*`\$\.params`\); .*`make repro`")
+    check_error(r"does not fit .*code \(.*missing.*`\$\.params`\); .*`dvc repro`")
+    rewrite(path, whole, image_form="mnist")  # of an older version
+    check_error(r"does not fit .*code \(.*image_form.*\); .*`dvc repro`")
     save_arrays(path, {"other": mx.zeros(3)}, msgspec.to_builtins(METADATA))
-    check_error(r"damaged \(.*other.*\); .*`make repro`")
+    check_error(r"does not fit .*code \(.*other.*\); .*`dvc repro`")
 
 
 def test_split_of_other_images_or_classes_is_refused() -> None:

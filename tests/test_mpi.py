@@ -134,6 +134,24 @@ def test_any_number_of_processes_gives_the_same_bits(project: Project) -> None:
     assert outputs(project) != expected[0]
 
 
+def test_running_statistics_have_the_same_bits(project: Project) -> None:
+    """Each process normalises its shards, so all of them must update the running statistics."""
+    project.append(
+        "stages/model.py",
+        "\n\nPlainModel = Model\n\n\nclass Model(PlainModel):\n"
+        "    def __init__(self, params, image_shape, num_classes):\n"
+        "        super().__init__(params, image_shape, num_classes)\n"
+        "        self.norm = nn.BatchNorm(num_classes)\n\n"
+        "    def __call__(self, pixels):\n"
+        "        return self.norm(super().__call__(pixels))\n",
+    )
+    train(project)
+    expected = outputs(project)
+    for count in (2, 4):
+        train(project, mpirun(count))
+        assert outputs(project) == expected
+
+
 @pytest.mark.parametrize(
     ("killed_rank", "count", "then"), [(0, 2, ""), (1, 2, mpirun(4)), (3, 4, mpirun(2))]
 )
@@ -213,7 +231,7 @@ METRICS = "stages/shared/metrics.py"
 
 def test_diverging_training_ends_all_processes(project: Project) -> None:
     project.append(METRICS, "normalize = lambda images: images.astype(mx.float32) * mx.nan\n")
-    pattern = r"error: params\.yaml: .*epoch 1 \(loss nan\); .*train\.learning_rate"
+    pattern = r"error: params\.yaml: .*epoch 1 \(.*loss nan.*\); .*train\.learning_rate"
     check_failure(project, mpirun(2), pattern)
 
 

@@ -129,6 +129,14 @@ def test_ci_compare_shows_changed_params_and_metrics(finished: Project, tmp_path
     assert re.search(r"params.yaml \| train.num_epochs +\| 5 +\| 2 ", printed)
     assert "error: dvc.lock: outdated from train on; run `dvc repro` and commit\n" in printed
     clone.repro()
+    clone.run("git", "stash", "--quiet")  # the files in data/ stay, as after `git checkout BRANCH`
+    printed = clone.run(".ci/compare", "HEAD", ok=False)
+    assert re.search("^error: data/: .*run `dvc checkout`", printed, re.MULTILINE)
+    assert "outdated" not in printed
+    clone.run("dvc", "checkout")
+    clone.run(".ci/compare", "HEAD")
+    clone.run("git", "stash", "pop")
+    clone.run("dvc", "checkout")
     commit(clone, "Train less")
     printed = clone.run(".ci/compare", "HEAD~1")
     assert re.search(r"params.yaml \| train.num_epochs +\| 5 +\| 2 ", printed)

@@ -248,6 +248,8 @@ def test_outputs_of_a_stage_in_another_folder(
     ("mistake", "message"),
     [
         ("rm -r .git", r"\.git: .*`git init`"),
+        ("mv data elsewhere; ln -s elsewhere data", r"data: is a link.*`dvc cache dir --local .*`"),
+        ("rm -r .dvc/tmp; touch .dvc/tmp", r"\.dvc/tmp: .*not a folder; run `rm \.dvc/tmp`"),
         ("echo > dvc.yaml", r"dvc\.yaml: .*stages.*`git checkout dvc\.yaml`"),
         (r"printf 'train:\n\tseed: 0\n' > params.yaml", r"params\.yaml: line 2: .+"),
         ("echo [core > .dvc/config", r"\.dvc: .*\[core.*line 1.*`git checkout \.dvc/config`"),

@@ -42,6 +42,12 @@ def check_setup() -> None:
         if os.path.lexists(path) and not path.is_file():
             remedy = f"run `rm -r {path}` and `git checkout {path}`"
             raise UserError(f"{path}: is not a regular file; {remedy}")
+    for path in map(Path, ("data", "data/raw", "metrics")):
+        if path.is_symlink():
+            remedy = (
+                "put a folder in its place; for another disk run `dvc cache dir --local FOLDER`"
+            )
+            raise UserError(f"{path}: is a link, which DVC does not follow; {remedy}")
     for path in (RWLOCK.parent, Path(".dvc/cache")):
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"{path}: is not a folder; run `rm {path}`")

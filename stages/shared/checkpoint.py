@@ -1,7 +1,9 @@
 """Save the progress of a training run, so that an interrupted run resumes after its last epoch."""
 
+import re
 import sys
 from hashlib import sha256
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,27 @@ def data_hash(*splits: Split) -> str:
 
 
 def code_hash() -> str:
-    """Return the SHA-256 of this project's imported code and of the versions of MLX and NumPy."""
-    mlx = mx.__version__  # type: ignore[attr-defined]
-    digest = sha256(f"{mlx} {np.__version__}".encode())
+    """Return the SHA-256 of this project's imported code and of the packages that compute."""
+    digest = sha256(repr([backend(), np.__version__]).encode())
     for name, path in sorted(imported_files().items()):
         digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def backend() -> list[str]:
+    """Return MLX's packages with their versions, and the device.
+
+    On Linux CPUs the kernels of OpenBLAS decide the bits of a result. Elsewhere the chip does.
+    """
+    packages = [
+        f"{package.name} {package.version}"
+        for package in distributions()
+        if re.fullmatch("mlx(-.*)?", package.name or "")
+    ]
+    device = mx.default_device()
+    is_linux_cpu = sys.platform == "linux" and device == mx.Device(mx.cpu)
+    chip = "" if is_linux_cpu else str(mx.device_info())
+    return [*sorted(packages), str(device), chip]
 
 
 def imported_files() -> dict[str, Path]:
@@ -69,16 +86,22 @@ def load_checkpoint(
 ) -> list[Any]:
     """Restore `model` and `optimizer` from `path`; return the history's rows.
 
-    Changes nothing and returns no rows if there is no checkpoint, if it is damaged, or if it is of
-    a run with another `identity`.
+    Changes nothing and returns no rows if there is no checkpoint. Also prints a note if there is
+    one, but it is damaged or of a run with another `identity`.
     """
     if not path.is_file():  # a pipe would block
         return []
     try:
         arrays, entries = load_arrays(path)
     except DamagedError:
+        print(f"note: {path}: damaged, so training starts from the beginning")
         return []
-    if entries.get("identity") != identity:
+    other = entries.get("identity")
+    if other != identity:
+        known = other if isinstance(other, dict) else {}
+        changed = [name for name, value in identity.items() if known.get(name) != value]
+        reason = f"because of changes in {', '.join(changed)}"
+        print(f"note: {path}: is of another run, {reason}; training starts from the beginning")
         return []
     state = tree_unflatten(list(arrays.items()))
     model.update(state["model"])

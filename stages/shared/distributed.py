@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from stages.shared.cli import argument_parser, error_line, run
 from stages.shared.errors import UserError
@@ -176,7 +176,8 @@ class Shards:
     The tree depends only on the number of shards, so the sum is bitwise identical for any number of
     ranks. Raises `UserError` if the ranks cannot share the shards evenly.
 
-    A network whose layers keep statistics of a minibatch, such as BatchNorm, gets those of a shard.
+    A layer that normalises by statistics of the minibatch, such as BatchNorm, uses those of its
+    shard. Its running statistics are updated by the mean over the shards, added up as a tree, too.
     """
 
     def __init__(self, count: int, ranks: Ranks) -> None:
@@ -212,17 +213,26 @@ class Shards:
         def loss_and_grad_fn(model: nn.Module, pixels: mx.array, labels: mx.array) -> Any:
             seeds = self.rng.integers(2**64, size=self.count, dtype=np.uint64)
             shard_size = math.ceil(len(labels) / self.count)
-            terms: list[Any] = []  # of loss and gradients, each of which is one addend
+            before = statistics(model)
+            terms: list[Any] = []  # each is loss, gradients and changes of the statistics
             for shard in self.local_shards:
                 start = shard * shard_size
                 if start >= len(labels):  # MLX rejects empty arrays, but all ranks must add
                     grads = tree_map(mx.zeros_like, model.trainable_parameters())
-                    terms.append((mx.array(0.0), grads))
+                    terms.append((mx.array(0.0), grads, tree_map(mx.zeros_like, before)))
                     continue
                 x, y = pixels[start : start + shard_size], labels[start : start + shard_size]
                 mx.random.seed(int(seeds[shard]))  # dropout takes its keys as the graph is built
-                terms.append(weighted_loss_and_grad_fn(model, x, y, len(y) / len(labels)))
-            return self.all_reduce(sum_pairwise(terms))
+                weight = len(y) / len(labels)
+                loss, grads = weighted_loss_and_grad_fn(model, x, y, weight)
+                after = statistics(model)
+                changes = {name: weight * (after[name] - before[name]) for name in before}
+                terms.append((loss, grads, changes))
+                model.load_weights(list(before.items()), strict=False)  # for the next shard
+            loss, grads, changes = self.all_reduce(sum_pairwise(terms))
+            sums = [(name, before[name] + change) for name, change in changes.items()]
+            model.load_weights(sums, strict=False)
+            return loss, grads
 
         return loss_and_grad_fn
 
@@ -241,6 +251,13 @@ class Shards:
         for group in self.reduction_groups:
             term = tree_map(partial(add, group), term)
         return term
+
+
+def statistics(model: nn.Module) -> dict[str, mx.array]:
+    """Return what no gradient changes by name: running statistics, and layers that are frozen."""
+    trainable = dict(tree_flatten(model.trainable_parameters()))
+    parameters = dict(tree_flatten(model.parameters()))
+    return {name: array for name, array in parameters.items() if name not in trainable}
 
 
 def sum_pairwise(terms: list[Any]) -> Any:

@@ -68,6 +68,10 @@ def save_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]
 
 
 def save_json(path: Path, values: object) -> None:
-    """Write `values` as JSON, indented by two spaces."""
+    """Write `values` as JSON, indented by two spaces.
+
+    Raises `ValueError` for a number that is not finite, because JSON has no such numbers.
+    """
+    text = json.dumps(values, indent=2, allow_nan=False)
     with atomic_write(path) as file:
-        file.write(f"{json.dumps(values, indent=2)}\n".encode())
+        file.write(f"{text}\n".encode())

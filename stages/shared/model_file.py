@@ -61,14 +61,18 @@ def save_model(path: Path, model: nn.Module, metadata: Metadata) -> None:
 def load_model(path: Path) -> tuple[Model, Metadata]:
     """Rebuild the model that `save_model` wrote.
 
-    Raises `UserError` if the file is missing, damaged or of another network.
+    Raises `UserError` if the file is missing, damaged, or does not fit the code, for example
+    because another version of stages/model.py wrote it.
     """
     check_recorded(path)
     arrays, entries = load_arrays(path)
-    with reading(path):
+    try:
         metadata = msgspec.convert(entries, Metadata)
         model = metadata.build()
         model.load_weights(list(arrays.items()))
+    except Exception as error:  # another stages/model.py can raise anything
+        problem = f"does not fit this version of the code ({' '.join(str(error).split()):.200})"
+        raise UserError(f"{path}: {problem}; train a new one with `dvc repro`") from None
     return model, metadata
 
 

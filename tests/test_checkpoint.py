@@ -1,5 +1,6 @@
 """The checkpoint of a training run: what it holds, and when it is ignored."""
 
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -53,7 +54,9 @@ def test_code_hash_covers_every_imported_module(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.undo()
 
 
-def test_checkpoint_of_another_run_is_ignored(tmp_path: Path) -> None:
+def test_checkpoint_of_another_run_is_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "checkpoint.safetensors"
     model, optimizer = nn.Linear(3, 2), optim.SGD(learning_rate=0.1, momentum=0.9)
     optimizer.update(model, {"weight": mx.ones((2, 3)), "bias": mx.ones(2)})
@@ -61,6 +64,7 @@ def test_checkpoint_of_another_run_is_ignored(tmp_path: Path) -> None:
     other, other_optimizer = nn.Linear(3, 2), optim.SGD(learning_rate=0.1, momentum=0.9)
     before = dict(tree_flatten(other.parameters()))
     assert load_checkpoint(path, {"params": "other"}, other, other_optimizer) == []
+    assert re.fullmatch(f"note: {path}: .*another run.* params; .*\n", capsys.readouterr().out)
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[:50], b"", whole[:-9] + b"\x55" + whole[-8:]):
         path.write_bytes(damaged)

@@ -108,6 +108,13 @@ def test_command_line(finished: Project) -> None:
     assert finished.run(*command, "--help").count("Proceedings of the IEEE") == 1
 
 
+def test_early_end_is_orderly(finished: Project) -> None:
+    """`mx.load` of a Python file object aborted some processes that ended soon afterwards."""
+    for _ in range(5):
+        line = finished.run("python", "-m", "tools.predict", "missing.png", ok=False)
+        assert re.fullmatch(r"error: missing\.png: .*\n", line)
+
+
 @pytest.mark.parametrize(("content", "problem"), [(None, "not found"), (b"junk", "damaged")])
 def test_unreadable_model_of_another_name(
     content: bytes | None, problem: str, tmp_path: Path

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.conftest import Project, commit
+from stages.shared.dvc_lock import parse_lock
+from tests.conftest import ROOT, Project, commit
+from tests.faults.damage import cached_path
 
 MODEL = "data/model.safetensors"
 SSHD_CONFIG = """\
@@ -44,6 +46,26 @@ def check_push_and_pull(project: Project, other: Path, url: str, **options: str)
 
 def test_clone_pulls_from_a_folder(finished: Project, tmp_path: Path) -> None:
     check_push_and_pull(finished, tmp_path / "clone", str(tmp_path / "storage"))
+
+
+def test_no_output_is_a_folder() -> None:
+    """DVC writes the files of a folder where its list in the remote says, also outside of it."""
+    stages = parse_lock((ROOT / "dvc.lock").read_bytes()).values()
+    assert not [out.path for stage in stages for out in stage.outs if out.md5.endswith(".dir")]
+
+
+def test_swapped_model_is_not_pulled(finished: Project, tmp_path: Path) -> None:
+    remote = tmp_path / "storage"
+    clone = finished.clone(tmp_path / "clone")
+    for project in (finished, clone):
+        project.run("dvc", "remote", "add", "--local", "--default", "storage", str(remote))
+        project.run("dvc", "remote", "modify", "--local", "storage", "verify", "true")
+    finished.run("dvc", "push")
+    swapped = remote / cached_path(finished, MODEL).relative_to(finished.root / ".dvc/cache")
+    swapped.chmod(0o644)
+    swapped.write_bytes(b"another model")
+    clone.run("dvc", "pull", ok=False)
+    assert not (clone.root / MODEL).exists()
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
 from stages.shared.cli import run
-from stages.shared.errors import UserError
+from stages.shared.errors import UserError, escape
 from stages.shared.files import atomic_write, save_json
 from stages.shared.inputs import Inputs
 from stages.shared.params import read_params
@@ -157,6 +157,15 @@ def close_redirect(response: requests.Response, **_: Any) -> None:
         response.raw.close()
 
 
+class Session(requests.Session):
+    """A session that sends no login to another host than the one that the user named."""
+
+    def rebuild_auth(self, request: requests.PreparedRequest, response: requests.Response) -> None:
+        """Drop the login at a redirect to another host. requests would read ~/.netrc again."""
+        if self.should_strip_auth(response.request.url or "", request.url or ""):
+            request.headers.pop("Authorization", None)
+
+
 def open_url(url: str) -> Any:
     """Open the body of an HTTP response as a binary stream.
 
@@ -164,7 +173,7 @@ def open_url(url: str) -> Any:
     """
     hooks = {"response": close_redirect}
     with deadline(READ_TIMEOUT):  # because `timeout` is per packet
-        response = requests.get(url, stream=True, timeout=READ_TIMEOUT, hooks=hooks)
+        response = Session().get(url, stream=True, timeout=READ_TIMEOUT, hooks=hooks)
     if not response.ok:
         error_class = FileNotFoundError if response.status_code in (404, 410) else OSError
         raise error_class(f"HTTP status {response.status_code}")
@@ -175,7 +184,8 @@ def open_file(source: str, name: str) -> Any:
     """Open a file of a source as a binary stream. Raises `FileNotFoundError` if it is not there."""
     scheme, _, rest = source.partition(":")
     if scheme in ("http", "https"):
-        return open_url(f"{source}/{name}")
+        address, mark, query = source.partition("?")  # a query can hold a token
+        return open_url(f"{address.rstrip('/')}/{name}{mark}{query}")
     if scheme == "npm":
         archive = npm_archive(rest)
         for member in archive:
@@ -189,11 +199,17 @@ def open_file(source: str, name: str) -> Any:
 
 
 def read(source: str, name: str) -> bytearray:
-    """Read `{name}.gz`, or `name` if the source has no such file; return it decompressed."""
-    try:
-        file = open_file(source, f"{name}.gz")
-    except FileNotFoundError:
-        file = open_file(source, name)
+    """Read `{name}.gz`, or `name` if the source has no such file; return it decompressed.
+
+    Some programs write the name with a dot, such as train-images.idx3-ubyte.
+    """
+    dotted = name.replace("-idx", ".idx")
+    for spelling in (f"{name}.gz", name, f"{dotted}.gz"):
+        with suppress(FileNotFoundError):
+            file = open_file(source, spelling)
+            break
+    else:
+        file = open_file(source, dotted)
     size = getattr(file, "length_remaining", None)  # as announced by an HTTP server
     bar = tqdm.wrapattr(file, "read", size, desc=name, leave=False, disable=None)
     with file, bar as stream:
@@ -216,7 +232,10 @@ def download(source: str, name: str) -> bytearray:
                 problem = f"broke off ({type(error).__name__})"
             except requests.RequestException as error:  # its text may contain a password
                 cause = getattr(error.args[0] if error.args else None, "reason", error)
-                raise SourceError(f"cannot be reached ({type(cause).__name__})") from None
+                reason = type(cause).__name__
+                if isinstance(error, requests.exceptions.InvalidSchema):
+                    reason = "its scheme or proxy is not http or https; unset a SOCKS proxy"
+                raise SourceError(f"cannot be reached ({reason})") from None
             except (OSError, OverflowError, ValueError, TarError, zlib.error) as error:
                 raise SourceError(f"cannot be read ({error})") from None
     raise SourceError(problem)
@@ -241,7 +260,8 @@ def fetch(dataset_name: str, folder: Path) -> None:
     sources = [str(downloads) if downloads.is_dir() else "", own_mirror, *dataset.mirrors]
     missing = list(dataset.digests)
     for source in filter(None, sources):
-        label = re.sub("//([^/]*|[^/]*:.*)@", "//", source)  # without user and password
+        address = source.partition("?")[0] if "//" in source else source  # without a token
+        label = escape(re.sub("//([^/]*|[^/]*:.*)@", "//", address))  # without user and password
         print(f"trying {label}", file=sys.stderr, flush=True)
         try:
             while missing:

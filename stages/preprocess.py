@@ -34,13 +34,24 @@ class PreprocessParams(Struct, frozen=True):
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
+# The types of IDX files that are not decoded here.
+OTHER_TYPES = {9: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
+
+
+class WrongTypeError(UserError):
+    """An IDX file whose values are not unsigned bytes."""
+
+
 def decode_idx(data: bytes | mmap.mmap) -> NDArray[np.uint8]:
     """Decode an IDX file of unsigned bytes with any number of dimensions, without a copy.
 
     The format is the one of the MNIST page: two zero bytes, the type 8, the number of dimensions,
-    each dimension as a big-endian uint32, then the values in C order. Raises `ValueError` for any
-    other file.
+    each dimension as a big-endian uint32, then the values in C order. Raises `WrongTypeError` for
+    another type, `ValueError` for any other file.
     """
+    if len(data) >= 4 and data[:2] == b"\0\0" and data[2] in OTHER_TYPES:
+        problem = f"holds {OTHER_TYPES[data[2]]}, must be unsigned bytes"
+        raise WrongTypeError(f"{problem}; convert it with NumPy's .astype(np.uint8)")
     if len(data) < 4 or data[:3] != b"\0\0\x08":
         raise ValueError(f"magic number {data[:4].hex()}, expected 000008 and the dimensions")
     ndim = data[3]
@@ -50,9 +61,12 @@ def decode_idx(data: bytes | mmap.mmap) -> NDArray[np.uint8]:
 
 
 def read_file(path: Path, decode: Callable[[mmap.mmap], Any]) -> Any:
-    """Decode the bytes of a file. Raises `UserError` if it is missing or damaged."""
-    with reading(path, "get it with `dvc repro fetch`"):
-        return decode(map_file(path))
+    """Decode the bytes of a file. Raises `UserError` if it is missing, damaged or of other type."""
+    try:
+        with reading(path, "get it with `dvc repro fetch`"):
+            return decode(map_file(path))
+    except WrongTypeError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_raw(folder: Path, prefix: str) -> Split:

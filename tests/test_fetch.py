@@ -105,6 +105,47 @@ def scene(
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
+def test_redirect_to_another_host_gets_no_login(scene: Scene, tmp_path: Path) -> None:
+    """~/.netrc has a login for both hosts: for localhost, and for its address."""
+    netrc = tmp_path / "netrc"
+    hosts = ("localhost", "127.0.0.1")
+    netrc.write_text("".join(f"machine {host} login user password secret\n" for host in hosts))
+    scene.patch.setenv("NETRC", str(netrc))
+    logins = []
+
+    def note_login(request: BaseHTTPRequestHandler) -> None:
+        logins.append(request.headers["Authorization"])
+        if len(logins) == 1:
+            status(302, Location=f"{scene.url}/{IMAGES}.gz")(request)
+        else:
+            send(gzip.compress(SMALL[IMAGES]))(request)
+
+    scene.answer(note_login)
+    scene.set_mirrors(scene.url.replace("127.0.0.1", "localhost"))
+    assert scene.fetch() == COMPLETE
+    assert logins[0]
+    assert logins[1:] == [None]
+
+
+def test_token_of_a_mirror_is_sent_but_not_printed(scene: Scene) -> None:
+    scene.set_mirrors()
+    scene.patch.setenv("DATA_MIRROR", f"{scene.url}/?token=secret")
+    for name, data in SMALL.items():
+        scene.answer(send(gzip.compress(data)), f"{name}.gz?token=secret")
+    assert scene.fetch() == COMPLETE
+    assert all(path.endswith("?token=secret") for path in scene.mirror.requested)
+    assert "secret" not in str(scene.output())
+
+
+def test_names_with_a_dot_are_found(scene: Scene, tmp_path: Path) -> None:
+    """7-Zip and some copies of the data set call the files so."""
+    names = {name: name.replace("-idx", ".idx") for name in SMALL}
+    folder = write_files(tmp_path / "own", {names[name]: SMALL[name] for name in SMALL})
+    scene.set_mirrors()
+    scene.patch.setenv("DATA_MIRROR", str(folder))
+    assert scene.fetch() == COMPLETE
+
+
 @pytest.mark.parametrize("code", [404, 410])
 def test_mirror_without_gzipped_files(code: int, scene: Scene) -> None:
     for name, data in SMALL.items():
@@ -188,7 +229,7 @@ ANSWERS = {
     "silence in the body": (drip(ENDLESS, b"", 9), TOO_SLOW),
     "dripping headers": (drip(OK, b"x: y\r\n", 0.05), NO_ANSWER),
     "dripping bytes": (drip(ENDLESS, b"\0", 0.05), TOO_SLOW),
-    "redirect to a file": (status(302, Location=f"file://{__file__}"), "InvalidSchema"),
+    "redirect to a file": (status(302, Location=f"file://{__file__}"), "scheme or proxy"),
     "redirect to nonsense": (status(302, Location="http://[::bad"), "Invalid IPv6 URL"),
     "redirect to itself": (status(302, Location=f"/mnist/{IMAGES}.gz"), "TooManyRedirects"),
 }

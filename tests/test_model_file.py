@@ -3,24 +3,33 @@
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stages.model import Model, ModelParams
 from stages.shared.errors import UserError
-from stages.shared.model_file import Metadata, load_arrays, load_model, save_arrays, save_model
+from stages.shared.model_file import (
+    Metadata,
+    flat_parameters,
+    load_arrays,
+    load_model,
+    save_arrays,
+    save_model,
+)
 from stages.shared.params import read_params
 from tests.conftest import ROOT, small_split
 from tests.faults.hostile import JSON, damaged, refused
 
 PARAMS = read_params("model", ModelParams, ROOT / "params.yaml")
-METADATA = Metadata(PARAMS, (4, 5), ("a", "b"), "other")
+METADATA = Metadata(PARAMS, (4, 5), ("a", "b"))
 PIXELS = mx.random.uniform(shape=(2, 4, 5))
 
 
@@ -58,7 +67,7 @@ def test_mlx_reads_parameters_and_metadata(saved: tuple[Model, Path]) -> None:
         "params": msgspec.to_builtins(PARAMS),
         "image_shape": [4, 5],
         "class_names": ["a", "b"],
-        "preprocessing": "other",
+        "preprocessing": "",
     }
 
 
@@ -84,7 +93,7 @@ def test_wrong_file_is_an_error_with_its_reason(saved: tuple[Model, Path], tmp_p
 
     check_error("not found; .*`dvc repro`")
     path.write_bytes(b"junk")
-    check_error(r"damaged \(.*\[read\].*\); .*`make repro`")
+    check_error(r"damaged \(.*header.*\); .*`make repro`")
     mx.save_safetensors(str(path), {"weight": mx.zeros(3)})
     check_error(r"damaged \(SHA-256 mismatch: expected '', got '[0-9a-f]{64}'\); .*`make repro`")
     entry = {"dtype": "U8", "shape": [999], "data_offsets": [0, 999]}
@@ -138,6 +147,42 @@ def test_any_flipped_bit_is_an_error_or_harmless(saved: tuple[Model, Path], tmp_
 
 SHAPES = st.lists(st.integers(-1, 9) | st.integers(0, 2**40), max_size=4)
 NAMES = st.lists(st.text(max_size=3), max_size=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"class_names": ["a", "a"]}, "2 class names"),
+        ({"class_names": ["a", "b\x1b"]}, r"b\\x1b.*rename"),
+        ({"class_names": ["a", "</script><script>"]}, "script.*rename"),
+        ({"image_shape": [4, 5, 3, 2]}, "image_shape"),
+    ],
+)
+def test_metadata_that_no_tool_can_use(
+    changes: dict[str, Any], problem: str, saved: tuple[Model, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    rewrite(path, saved[1], **changes)
+    with pytest.raises(UserError, match=f"^{path}: .*{problem}.*`dvc repro`"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    model = METADATA.build()
+    arrays = flat_parameters(model)
+    name = max(arrays)
+    arrays[name] = mx.full(arrays[name].shape, value)
+    path = tmp_path / "model.safetensors"
+    save_arrays(path, arrays, msgspec.to_builtins(METADATA))
+    with pytest.raises(UserError, match=f"^{path}: {re.escape(name)} .*not finite.*`dvc repro`"):
+        load_model(path)
+
+
+def test_other_preprocessing_is_refused() -> None:
+    split = replace(small_split(4, (4, 5), ("a", "b")), preprocessing="mnist")
+    with pytest.raises(UserError, match=r"^test\.npz: preprocessing is 'mnist', .* ''"):
+        METADATA.check_compatible(Path("test.npz"), split)
 
 
 @given(

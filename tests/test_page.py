@@ -70,7 +70,7 @@ def example(request: pytest.FixtureRequest) -> Example:
             pytest.skip(str(error))
         return model, metadata, load_split(ROOT / "data/test.npz")
     mx.random.seed(0)
-    metadata = Metadata(PARAMS, (9, 7), ("a", "b", "</script>"), "mnist")
+    metadata = Metadata(PARAMS, (9, 7), ("a", "b", "a & b"), "mnist")
     split = small_split(300, metadata.image_shape, metadata.class_names)
     return Mlp(63, 30, 20, 10, 3), metadata, split
 

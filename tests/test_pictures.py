@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from stages.shared.pictures import read_picture
+from stages.shared import pictures
+from stages.shared.pictures import MAX_PIXELS, read_picture
 
 SIZE = (280, 200)  # of the drawings, in pixels
 
@@ -174,8 +175,8 @@ def noise_only() -> Image.Image:
         (b"", r"decoded.*UnidentifiedImageError.*PNG"),
         (b"junk", r"decoded.*UnidentifiedImageError.*PNG"),
         (encoded(drawing()).read()[:200], r"decoded.*OSError.*PNG"),
-        (decompression_bomb(50_000), f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"),
-        (decompression_bomb(10_000), f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"),
+        (decompression_bomb(50_000), f"more than {MAX_PIXELS:,} pixels"),
+        (decompression_bomb(10_000), f"more than {MAX_PIXELS:,} pixels"),
         (encoded(Image.new("L", SIZE, 255)).read(), "blank"),
         (encoded(Image.new("L", (28, 28), 7)).read(), "blank"),
         (encoded(Image.new("RGBA", SIZE, (0, 0, 0, 0))).read(), "blank"),
@@ -186,3 +187,36 @@ def test_unreadable_picture_is_an_error(data: bytes, pattern: str) -> None:
     with pytest.raises(ValueError, match=pattern) as error:
         read_picture(io.BytesIO(data), (28, 28), "mnist")
     assert len(str(error.value).splitlines()) == 1
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF"])
+def test_raster_formats_are_read(kind: str) -> None:
+    assert read_picture(encoded(drawing(), kind), (28, 28), "mnist").shape == (28, 28)
+
+
+def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would run Ghostscript for such a file, whatever its name is."""
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("ran a program"))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        read_picture(io.BytesIO(EPS), (28, 28), "mnist")
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("I;16", np.uint16), ("I", np.int32), ("F", np.float32), ("L", np.uint8)]
+)
+def test_size_is_limited_before_decoding(
+    mode: str, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = encoded(Image.fromarray(np.zeros((6, 9), dtype)), "TIFF")
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", lambda _: pytest.fail("decoded"))
+    name = "MAX_PIXELS" if mode == "L" else "MAX_DEEP_PIXELS"
+    monkeypatch.setattr(pictures, name, 53)
+    with pytest.raises(ValueError, match="more than 53 pixels; shrink"):
+        read_picture(file, (28, 28), "")
+
+
+def test_image_of_one_pixel_is_not_blank() -> None:
+    assert read_picture(encoded(drawing()), (1, 1), "").shape == (1, 1)

@@ -17,6 +17,7 @@ from stages import fetch, preprocess
 from stages.fetch import DATASETS
 from stages.preprocess import RAW, decode_idx, read_raw, split_indices
 from stages.shared.data import load_split
+from stages.shared.errors import UserError
 from stages.shared.inputs import Inputs
 from stages.shared.model_file import load_model
 from tests.conftest import STAGES, Project, error_of, finish
@@ -226,8 +227,19 @@ def test_fashion_mnist_needs_one_changed_param(copy: Project) -> None:
     assert load_model(copy.root / "data/model.safetensors")[1].preprocessing == ""
 
 
+def test_other_type_is_not_called_damaged(tmp_path: Path) -> None:
+    """The labels of QMNIST, for example, are int32."""
+    folder = write_files(tmp_path / "raw", SMALL)
+    path = folder / "train-labels-idx1-ubyte"
+    path.write_bytes(bytes((0, 0, 0x0C, 1, 0, 0, 0, 1, 0, 0, 0, 5)))
+    with pytest.raises(UserError, match=f"^{path}: holds int32, must be unsigned bytes; .*uint8"):
+        read_raw(folder, "train")
+
+
 def test_own_data_set_needs_one_entry(copy: Project) -> None:
     arrays = (array(300, 5, 7, 3), array(300), array(20, 5, 7, 3), array(20))
+    for images in arrays[::2]:
+        images[:, 0] = 0
     files = dict(zip(SMALL, map(idx, arrays), strict=True))
     write_files(copy.root / "plants", files)
     script = copy.root / "stages/fetch.py"

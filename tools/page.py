@@ -58,9 +58,11 @@ def make_page(path: Path, model: nn.Module, metadata: Metadata) -> str:
     remedy = "use `python -m tools.predict`"
     if metadata.preprocessing != "mnist" or len(metadata.image_shape) != 2:
         raise UserError(f"{path}: is not a model of digits; {remedy}")
-    layers = mlp_layers(model, metadata)
+    is_float32 = all(array.dtype == mx.float32 for array in flat_parameters(model).values())
+    layers = mlp_layers(model, metadata) if is_float32 else None
     if layers is None:
-        raise UserError(f"{path}: is not a multi-layer perceptron with ReLU; {remedy}")
+        kind = "a multi-layer perceptron with ReLU and float32 weights"
+        raise UserError(f"{path}: is not {kind}; {remedy}")
     values = {
         "image_shape": metadata.image_shape,
         "class_names": metadata.class_names,

@@ -21,7 +21,7 @@ import numpy as np
 from stages.model import Model
 from stages.shared.cli import argument_parser, run
 from stages.shared.data import Split
-from stages.shared.errors import UserError
+from stages.shared.errors import UserError, escape
 from stages.shared.metrics import predict
 from stages.shared.model_file import Metadata, load_model
 from stages.shared.openblas import load_openblas
@@ -53,11 +53,6 @@ def open_file(name: str) -> BinaryIO:
     return io.BytesIO(sys.stdin.buffer.read()) if name == "-" else Path(name).open("rb")
 
 
-def escape(name: str) -> str:
-    """Return a file's or a class's name with unprintable characters escaped."""
-    return repr(name)[1:-1]
-
-
 def read_images(names: list[str], metadata: Metadata) -> dict[str, Pixels]:
     """Read pictures as images, uint8 (*image_shape). Print an error for each unreadable one."""
     images = {}
@@ -76,6 +71,8 @@ def rank_classes(model: Model, metadata: Metadata, images: list[Pixels]) -> list
     names = metadata.class_names
     unused_labels = np.zeros(len(images), np.uint8)
     logits = predict(model, Split(np.stack(images), unused_labels, names)).logits
+    if not np.isfinite(logits).all():
+        raise UserError("the model's results are not finite numbers; train it again")
     probabilities = np.array(mx.softmax(mx.array(logits), axis=1))
     rankings = []
     for row, indices in zip(probabilities, np.argsort(-logits, kind="stable"), strict=True):

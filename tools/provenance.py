@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stages.shared.cli import argument_parser, run
 from stages.shared.dvc_lock import Stage, digest, stages_of
-from stages.shared.errors import UserError
+from stages.shared.errors import UserError, escape
 
 
 def git(*arguments: str) -> str:
@@ -66,7 +66,8 @@ def main(file: Path) -> None:
         problem = "unknown, because no commit's dvc.lock records it"
         raise UserError(f"{file}: {problem}; commit dvc.lock if this clone made it")
     for (output, *details), commits in found.items():
-        print(output, *(f"  commit  {commit}" for commit in commits), *details, sep="\n")
+        lines = [output, *(f"  commit  {commit}" for commit in commits), *details]
+        print(*map(escape, lines), sep="\n")
 
 
 if __name__ == "__main__":

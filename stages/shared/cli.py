@@ -10,7 +10,7 @@ from collections.abc import Callable
 from errno import EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS
 from functools import partial
 
-from stages.shared.errors import UserError
+from stages.shared.errors import UserError, escape
 
 # What the machine refuses, and the user can allow: permissions, a full or a broken disk.
 MACHINE_ERRORS = (EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS)
@@ -44,7 +44,7 @@ def error_line(main: Callable[[], None]) -> str | None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        return f"error: {error}"
+        return escape(f"error: {error}")
     except BrokenPipeError:
         # Python flushes standard output again when it exits, so give it a place that accepts all.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +52,7 @@ def error_line(main: Callable[[], None]) -> str | None:
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
-        return f"error: {error.filename or 'disk'}: {error.strerror}; fix that and rerun"
+        return escape(f"error: {error.filename or 'disk'}: {error.strerror}; fix that and rerun")
     except KeyboardInterrupt:
         return "interrupted"
     return None

@@ -10,13 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.shared.dvc_lock import check_recorded
-from stages.shared.errors import UserError
+from stages.shared.errors import UserError, escape
 from stages.shared.files import atomic_write
 from stages.shared.mapped_npz import map_npz
 
 WRITE_BYTES = 4 << 20  # of images, copied into memory at a time by `save_split`
 GROUP_BYTES = 64 << 20  # of images, shuffled as one group; all of MNIST is less
+MAX_SAMPLE = 100  # images that `check_contrast` looks at, up to twice as many
+MAX_BLANK = 0.9  # fraction of these that may have a single value
 BLOCK_BYTES = 256 << 10  # of neighbouring images, read from disk together into a group
+
+
+def check_class_names(names: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless there are 1 to 256 different names that can be printed anywhere.
+
+    DVC copies them into the HTML of its plots without escaping them, so "<" is not allowed.
+    """
+    if not 0 < len(names) == len(set(names)) <= 256:
+        raise ValueError(f"there are {len(names)} class names, must be 1 to 256 different ones")
+    for name in names:
+        if not (name.isprintable() and name.strip()) or "<" in name:
+            problem = "is empty, or has a control character, '<' or invalid Unicode"
+            raise ValueError(f"the class name '{escape(name):.60}' {problem}; rename the class")
 
 
 @dataclass(frozen=True)
@@ -42,8 +57,7 @@ class Split:
         if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
             form = f"uint8 ({len(images)},) as there are {len(images)} images"
             raise ValueError(f"labels are {labels.dtype} {labels.shape}, must be {form}")
-        if not 0 < len(names) == len(set(names)) <= 256:
-            raise ValueError(f"there are {len(names)} class names, must be 1 to 256 different ones")
+        check_class_names(names)
         if len(labels) and labels.max() >= len(names):
             raise ValueError(f"a label is {labels.max()}, but there are {len(names)} class names")
 
@@ -126,4 +140,15 @@ def load_split(path: Path, *, may_be_empty: bool = False, random_access: bool = 
         raise UserError(f"{path}: {error}") from None
     if not (len(split) or may_be_empty):
         raise UserError(f"{path}: has no examples; it needs some")
+    check_contrast(path, split)
     return split
+
+
+def check_contrast(path: Path, split: Split) -> None:
+    """Raise `UserError` if nearly every image has a single value. A sample of them is checked."""
+    sample = split.images[:: max(1, len(split) // MAX_SAMPLE)]
+    blank = [image.min() == image.max() for image in sample]
+    if math.prod(split.image_shape) > 1 and sum(blank) > MAX_BLANK * len(blank):
+        problem = f"{sum(blank)} of {len(blank)} images have a single value"
+        remedy = "multiply values from 0 to 1 by 255 before .astype(np.uint8)"
+        raise UserError(f"{path}: {problem}; {remedy}, and read pictures of 16 bits as such")

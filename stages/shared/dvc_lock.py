@@ -12,6 +12,8 @@ import msgspec
 from stages.shared.errors import DamagedError, UserError
 
 LOCK = Path("dvc.lock")
+# What file managers write into every folder. DVC ignores them, too: they are in .dvcignore.
+IGNORED_NAMES = (".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX")
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -137,11 +139,15 @@ def check_regular(path: Path, *, is_inside: bool) -> None:
 def digest(path: Path) -> str:
     """Return the MD5 of a file or, for a folder, the MD5 that DVC computes of its list of files.
 
-    A folder's digest ends in `.dir`.
+    A folder's digest ends in `.dir`. `IGNORED_NAMES` in it do not count.
     """
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "md5").hexdigest()
-    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    files = {
+        file.relative_to(path).as_posix(): file
+        for file in path.rglob("*")
+        if file.is_file() and not set(file.parts).intersection(IGNORED_NAMES)
+    }
     listing = [{"md5": digest(file), "relpath": name} for name, file in sorted(files.items())]
     return f"{hashlib.md5(json.dumps(listing).encode()).hexdigest()}.dir"

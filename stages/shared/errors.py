@@ -3,6 +3,11 @@
 from pathlib import Path
 
 
+def escape(text: str) -> str:
+    """Return `text` with control characters and invalid Unicode escaped, to print it safely."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 class UserError(Exception):
     """A mistake that the user can fix, as one line: file or key, problem, remedy."""
 

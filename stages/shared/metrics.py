@@ -1,5 +1,6 @@
 """Run a network on a split, and compute the metrics of its predictions."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +11,9 @@ from numpy.typing import NDArray
 
 from stages.shared.data import Split
 
-BATCH_SIZE = 1000  # bounds the memory; only the last bits of the logits depend on it
+# Bound the memory. Only the last bits of the logits depend on how many images are a batch.
+BATCH_SIZE = 1000
+BATCH_BYTES = 4 << 20  # of uint8 images
 
 
 def normalize(images: mx.array) -> mx.array:
@@ -55,8 +58,9 @@ class Predictions:
 def predict(model: nn.Module, split: Split) -> Predictions:
     """Run `model` in evaluation mode on a split of at least one example."""
     model.eval()
+    batch_size = min(BATCH_SIZE, max(1, BATCH_BYTES // math.prod(split.image_shape)))
     logits = [
-        np.array(model(normalize(mx.array(split.images[start : start + BATCH_SIZE]))))
-        for start in range(0, len(split), BATCH_SIZE)
+        np.array(model(normalize(mx.array(split.images[start : start + batch_size]))))
+        for start in range(0, len(split), batch_size)
     ]
     return Predictions(np.concatenate(logits), split.labels)

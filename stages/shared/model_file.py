@@ -13,10 +13,12 @@ from mlx.utils import tree_flatten
 from msgspec import Meta, Struct
 
 from stages.model import Model, ModelParams
-from stages.shared.data import Split
+from stages.shared.data import Split, check_class_names
 from stages.shared.dvc_lock import check_recorded
 from stages.shared.errors import UserError
 from stages.shared.files import atomic_write, reading
+
+MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: enough for about 10,000 arrays
 
 
 class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,7 +29,7 @@ class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     params: ModelParams
-    image_shape: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(min_length=2)]
+    image_shape: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(min_length=2, max_length=3)]
     class_names: Annotated[tuple[str, ...], Meta(min_length=1, max_length=256)]
     preprocessing: str = ""
 
@@ -40,6 +42,9 @@ class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
         if (split.image_shape, split.class_names) != (self.image_shape, self.class_names):
             problem = f"has {_describe(split)}, but the network is for {_describe(self)}"
             raise UserError(f"{path}: {problem}; make the splits from one data set")
+        if split.preprocessing != self.preprocessing:
+            problem = f"preprocessing is {split.preprocessing!r:.60}, but the network is for"
+            raise UserError(f"{path}: {problem} {self.preprocessing!r:.60}; prepare both alike")
 
 
 def _describe(data: Split | Metadata) -> str:
@@ -68,11 +73,16 @@ def load_model(path: Path) -> tuple[Model, Metadata]:
     arrays, entries = load_arrays(path)
     try:
         metadata = msgspec.convert(entries, Metadata)
+        check_class_names(metadata.class_names)
         model = metadata.build()
         model.load_weights(list(arrays.items()))
     except Exception as error:  # another stages/model.py can raise anything
         problem = f"does not fit this version of the code ({' '.join(str(error).split()):.200})"
         raise UserError(f"{path}: {problem}; train a new one with `dvc repro`") from None
+    for name, array in arrays.items():
+        if not mx.isfinite(array).all():
+            problem = f"{name:.60} holds values that are not finite"
+            raise UserError(f"{path}: {problem}; train a new one with `dvc repro`")
     return model, metadata
 
 
@@ -89,7 +99,10 @@ def load_arrays(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     Raises `UserError` if the file is missing or damaged.
     """
     with reading(path):
-        path.open("rb").close()  # MLX raises RuntimeError if it cannot
+        with path.open("rb") as file:  # MLX raises RuntimeError if it cannot
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:  # to parse it would take long
+            raise ValueError(f"the header has {header_bytes:,} bytes, more than a model needs")
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
         array_bytes = sum(array.nbytes for array in arrays.values())

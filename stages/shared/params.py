@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 import yaml
 
-from stages.shared.errors import UserError
+from stages.shared.errors import UserError, escape
 
 MAX_SIZE = 16_384  # bytes of the file, to bound memory and time
 
@@ -137,7 +137,7 @@ def _describe(allowed: Any) -> str:
 
 def _escape(text: str) -> str:
     """Return `text` for a message: escaped to printable characters, at most 60 of them."""
-    return f"{repr(text)[1:-1]:.60}"
+    return f"{escape(text):.60}"
 
 
 def _decode(data: bytes) -> str:

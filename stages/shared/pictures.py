@@ -12,6 +12,7 @@ There are two kinds of preprocessing:
 A picture that already has the size and the channels of the image is not changed.
 """
 
+import math
 import warnings
 from typing import BinaryIO
 
@@ -21,6 +22,10 @@ from PIL import Image, ImageOps
 
 # Pillow's mode for each supported preprocessing and image_shape[2:], which is the channels.
 MODES = {("mnist", ()): "L", ("", ()): "L", ("", (1,)): "L", ("", (3,)): "RGB", ("", (4,)): "RGBA"}
+# Raster formats only: for EPS, Pillow would run Ghostscript, whatever the file is called.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 50_000_000  # of 8 bits per channel, for up to 1 GB of memory
+MAX_DEEP_PIXELS = 20_000_000  # of more bits, which take more memory
 MAX_SIDE = 1000  # pixels; larger pictures of digits are scaled down first, to save time
 BOX_FRACTION = 20 / 28  # side of a digit's bounding box / side of the image
 MIN_CONTRAST = 16  # grey levels between ink and background, of 255
@@ -36,14 +41,22 @@ def decode(file: BinaryIO) -> Image.Image:
     Raises `ValueError` if the file is damaged, not a picture or too large.
     """
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            picture = ImageOps.exif_transpose(Image.open(file))
-            picture.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels; shrink it") from None
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            picture: Image.Image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(f"has more than {MAX_PIXELS:,} pixels; shrink it") from None
     except Exception as error:  # Pillow raises a dozen types for damaged bytes
         raise ValueError(f"cannot be decoded ({type(error).__name__}); save it as PNG") from None
-    return to_8_bits(picture) if picture.mode.startswith(("I", "F")) else picture
+    is_deep = picture.mode.startswith(("I", "F"))
+    limit = MAX_DEEP_PIXELS if is_deep else MAX_PIXELS
+    if math.prod(picture.size) > limit:
+        raise ValueError(f"has more than {limit:,} pixels; shrink it")
+    try:
+        picture.load()
+        picture = ImageOps.exif_transpose(picture)
+    except Exception as error:
+        raise ValueError(f"cannot be decoded ({type(error).__name__}); save it as PNG") from None
+    return to_8_bits(picture) if is_deep else picture
 
 
 def to_8_bits(picture: Image.Image) -> Image.Image:
@@ -52,9 +65,13 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
     Levels of 16 bits are divided by their range, others by the largest level in the picture.
     Pillow's `convert` would clip them at 255 instead.
     """
-    levels = np.nan_to_num(np.asarray(picture, np.float64)).clip(0)
+    levels = np.asarray(picture)
+    if picture.mode == "F":
+        levels = np.nan_to_num(levels)
+    levels = levels.clip(0)
     white = 65535 if picture.mode.startswith("I;16") else max(levels.max(), 1)
-    return Image.fromarray(np.rint(levels / white * 255).astype(np.uint8))
+    scaled = np.multiply(levels, 255 / white, dtype=np.float32)
+    return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
 
 
 def background_level(picture: Image.Image) -> int:
@@ -175,6 +192,6 @@ def read_picture(file: BinaryIO, image_shape: tuple[int, ...], preprocessing: st
         image = centre_digit(find_ink(to_pixels(picture, mode)), rows, columns)
     else:
         image = to_pixels(picture.resize((columns, rows)), mode)
-    if image.min() == image.max():
+    if image.min() == image.max() and rows * columns > 1:
         raise ValueError(BLANK)
     return image.reshape(image_shape)

@@ -3,9 +3,7 @@
 import importlib.util
 import json
 import re
-import shutil
 import sys
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -93,35 +91,32 @@ def test_folder_of_pictures(copy: Project, monkeypatch: pytest.MonkeyPatch) -> N
     follow(copy, section(DATA, "A folder of pictures"))
     assert changed_files(copy) == {"stages/letters.py", "data/letters.dvc"}
     assert copy.repro() == ["letters", "train", "evaluate"]
-    assert accuracy(copy) > 0.6
+    assert accuracy(copy) > 0.3  # six classes
     splits = [load_split(copy.root / f"data/{name}.npz") for name in SMALL]
-    assert [len(split) for split in splits] == [160, 20, 20]
-    assert sorted(chain(*map(examples, splits))) == sorted(examples(pictures))
+    assert sum(map(len, splits)) == len(pictures)
+    assert all(set(split.labels) == set(pictures.labels) for split in splits)
 
     stage = load(copy, "stages/letters.py", monkeypatch)
     before = copy.results()
     monkeypatch.chdir(copy.root)
     stage.main()
     assert copy.results() == before
-    Image.new("L", (20, 32)).save(letters / "f/grey.png")
-    assert stage.read_pictures(letters).images.shape == (201, 32, 20, 3)
-    monkeypatch.setattr(stage, "MODE", "L")
-    assert stage.read_pictures(letters).images.shape == (201, 32, 20)
-
-    def check_error(pattern: str) -> None:
-        assert re.fullmatch(
-            f"error: data/letters{pattern}", error_of(stage.main, copy, monkeypatch)
-        )
-
-    Image.new("RGB", (32, 20)).save(letters / "f/wide.png")
-    check_error(r"/f/wide\.png: .*20 x 32.*; resize.*")
     (letters / "f/text.png").write_text("not a picture")
-    check_error(r"/f/text\.png: .*picture \(UnidentifiedImageError\); .*replace.*")
-    (letters / "b").mkdir()
-    check_error("/b: .*no pictures; .*delete.*")
-    shutil.rmtree(letters)
-    check_error(": .*0 folders; .*1 to 256.*")
+    line = error_of(stage.main, copy, monkeypatch)
+    assert re.fullmatch(r"error: data/letters/f/text\.png: .*decoded.*; .*delete.*", line)
     check_remaining_tests(copy, DATA)
+
+
+def test_folders_of_splits(copy: Project) -> None:
+    """Most published data sets have the layout of torchvision's ImageFolder."""
+    for seed, name in enumerate(("train", "val", "test")):
+        pictures = small_split(60 + seed, (32, 20, 3), ("a", "b"), seed)
+        save_pictures(copy.root / "data/letters" / name, pictures)
+    follow(copy, introduction(DATA))
+    follow(copy, section(DATA, "A folder of pictures"))
+    copy.repro()
+    splits = [load_split(copy.root / f"data/{name}.npz") for name in SMALL]
+    assert [len(split) for split in splits] == [60, 61, 62]
 
 
 def test_arrays(copy: Project) -> None:

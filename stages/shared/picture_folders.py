@@ -1,0 +1,142 @@
+"""Read folders of pictures, one folder per class, as splits.
+
+Every picture is read as `tools.predict` reads it, so a model sees the same images in both places.
+"""
+
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.shared.data import Split
+from stages.shared.dvc_lock import IGNORED_NAMES
+from stages.shared.errors import UserError
+from stages.shared.pictures import read_picture
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test", "testing"),
+}  # the names that published data sets give to the folders of their splits
+
+Example = tuple[Path, str]  # a picture and its class
+
+
+def read_splits(
+    folder: Path, image_shape: tuple[int, ...], held_out: float = 0.1, seed: int = 0
+) -> dict[str, Split]:
+    """Return the splits "train", "validation" and "test" of the pictures in `folder`.
+
+    `folder` holds one folder per class, or the folders train, validation and test (see `SPLITS`)
+    that do. A split without a folder gets the fraction `held_out` of the training pictures of each
+    class, drawn with `seed`. Pictures are resized to `image_shape`. Prints a note if the same image
+    is in two splits. Raises `UserError` for a file that is not a picture, or another structure.
+    """
+    found = {name: folder_of(folder, name) for name in SPLITS}
+    if found["train"]:
+        examples = {name: list(list_examples(path)) if path else [] for name, path in found.items()}
+    else:
+        examples = {"train": list(list_examples(folder)), "validation": [], "test": []}
+    rng = np.random.default_rng(seed)
+    for name in ("test", "validation"):
+        if not examples[name]:
+            examples["train"], examples[name] = hold_out(examples["train"], held_out, rng)
+    class_names = tuple(sorted({name for _, name in examples["train"]}))
+    if not 0 < len(class_names) <= 256:
+        problem = f"has {len(class_names)} folders with pictures, must be 1 to 256"
+        raise UserError(f"{folder}: {problem}; make one folder per class")
+    splits = {
+        name: read_split(examples[name], class_names, image_shape)
+        for name in ("train", "validation", "test")
+    }
+    report_duplicates(splits, examples)
+    return splits
+
+
+def visible(folder: Path) -> list[Path]:
+    """Return the content of a folder, sorted, without hidden files and those of file managers."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and path.name not in IGNORED_NAMES
+    )
+
+
+def folder_of(folder: Path, split: str) -> Path | None:
+    """Return the folder of a split, such as train or val, if there is one."""
+    names = SPLITS[split]
+    return next((path for path in visible(folder) if path.name.lower() in names), None)
+
+
+def list_examples(folder: Path) -> Iterator[Example]:
+    """Yield the pictures in `folder`/CLASS/. Raises `UserError` for another structure."""
+    for class_folder in visible(folder):
+        if not class_folder.is_dir():
+            raise UserError(f"{class_folder}: is not in the folder of a class; move it into one")
+        paths = visible(class_folder)
+        if not paths:
+            raise UserError(f"{class_folder}: has no pictures; put some there or delete it")
+        for path in paths:
+            if path.is_dir():
+                problem = "is a folder inside the folder of a class"
+                raise UserError(f"{path}: {problem}; move its pictures into {class_folder}")
+            yield path, class_folder.name
+
+
+def hold_out(
+    examples: list[Example], fraction: float, rng: np.random.Generator
+) -> tuple[list[Example], list[Example]]:
+    """Draw a fraction of the examples of each class. Return the others and the drawn ones.
+
+    Each class with at least three examples keeps and gives at least one.
+    """
+    kept: list[Example] = []
+    drawn: list[Example] = []
+    for class_name in sorted({name for _, name in examples}):
+        own = [example for example in examples if example[1] == class_name]
+        count = max(round(fraction * len(own)), len(own) > 2)
+        permutation = rng.permutation(len(own))
+        drawn += [own[index] for index in sorted(permutation[:count])]
+        kept += [own[index] for index in sorted(permutation[count:])]
+    return kept, drawn
+
+
+def read_split(
+    examples: list[Example], class_names: tuple[str, ...], image_shape: tuple[int, ...]
+) -> Split:
+    """Read the pictures of a split. Raises `UserError` for a class or a file that does not fit."""
+    images = np.empty((len(examples), *image_shape), np.uint8)
+    labels = np.empty(len(examples), np.uint8)
+    for index, (path, class_name) in enumerate(examples):
+        if class_name not in class_names:
+            raise UserError(f"{path.parent}: has no class of this name in training; delete it")
+        try:
+            with path.open("rb") as file:
+                images[index] = read_picture(file, image_shape, "")
+        except ValueError as error:
+            raise UserError(f"{path}: {error}, or delete it") from None
+        labels[index] = class_names.index(class_name)
+    try:
+        return Split(images, labels, class_names)
+    except ValueError as error:
+        raise UserError(f"{examples[0][0].parent.parent}: {error}") from None
+
+
+def report_duplicates(splits: dict[str, Split], examples: dict[str, list[Example]]) -> None:
+    """Print a note if splits share images: then the accuracy is higher than on new pictures."""
+    first: dict[bytes, tuple[str, Path]] = {}
+    shared = []
+    for name, split in splits.items():
+        for (path, _), image in zip(examples[name], split.images, strict=True):
+            other, other_path = first.setdefault(digest_of(image), (name, path))
+            if other != name:
+                shared.append(f"{other_path} and {path}")
+    if shared:
+        print(f"note: {len(shared)} images are in two splits, such as {shared[0]}; delete one")
+
+
+def digest_of(image: NDArray[np.uint8]) -> bytes:
+    """Return the SHA-256 of an image."""
+    return sha256(np.ascontiguousarray(image).data).digest()

@@ -131,7 +131,7 @@ def test_token_of_a_mirror_is_sent_but_not_printed(scene: Scene) -> None:
     scene.set_mirrors()
     scene.patch.setenv("DATA_MIRROR", f"{scene.url}/?token=secret")
     for name, data in SMALL.items():
-        scene.answer(send(gzip.compress(data)), f"{name}.gz?token=secret")
+        scene.mirror.answers[f"/mnist/{name}.gz?token=secret"] = send(gzip.compress(data))
     assert scene.fetch() == COMPLETE
     assert all(path.endswith("?token=secret") for path in scene.mirror.requested)
     assert "secret" not in str(scene.output())

@@ -25,6 +25,9 @@ IN_VENV := PYTHONDONTWRITEBYTECODE=1 PATH="$(CURDIR)/.venv/bin:$$PATH"
 INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python \
 	--require-hashes
 
+# A time in the future, of a file from another machine, must not install the packages at each call.
+TOUCH = @touch $@; for file in $^; do if [ "$$file" -nt $@ ]; then touch -r "$$file" $@; fi; done
+
 setup: .venv/installed
 
 # DVC trusts files that it has written before, so they are checked first.
@@ -57,6 +60,9 @@ lock: .venv/installed
 		--constraint stages/requirements.txt
 	$(LOCK) --output-file .ci/requirements.txt --group lint --constraint requirements.txt
 	$(LOCK) --output-file .ci/uv.txt --group install
+	$(LOCK) --output-file bench/requirements.txt --group bench --constraint requirements.txt
+	$(LOCK) --output-file .ci/mpi.txt --group mpi
+	$(LOCK) --output-file .ci/remotes.txt --group remotes --constraint requirements.txt
 LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
 	--generate-hashes --no-annotate --custom-compile-command "make lock"
 
@@ -76,13 +82,13 @@ LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy f
 	.venv/bin/python -m tools.openblas
 	.venv/bin/python -c "import vl_convert as vl; print(vl.javascript_bundle(vl_version='5.21'))" \
 		> .venv/vega.js  # for .dvc/plots.html
-	@touch $@
+	$(TOUCH)
 
 .venv/lint-installed: .ci/requirements.txt .venv/installed
 	$(INSTALL) -r .ci/requirements.txt
-	@touch $@
+	$(TOUCH)
 
 .venv/bench/installed: bench/requirements.txt .venv/installed
 	.venv/bin/python -m venv --clear .venv/bench
-	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
-	@touch $@
+	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	$(TOUCH)

@@ -1,16 +1,17 @@
 """How a command line ends: one line for a mistake, a traceback for a bug."""
 
 import os
+import re
 import subprocess
 import sys
-from errno import EACCES, EBADF, ENOSPC
+from errno import EACCES, EBADF, ENOMEM, ENOSPC
 from pathlib import Path
 
 import pytest
 
 from stages.shared.cli import run
 from stages.shared.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Project
 
 
 def run_main_that_raises(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +31,8 @@ def run_main_that_raises(error: BaseException, monkeypatch: pytest.MonkeyPatch) 
             "error: data/file: Permission denied; fix that and rerun",
         ),
         (OSError(ENOSPC, "No space left"), "error: disk: No space left; fix that and rerun"),
+        (OSError(ENOMEM, "No memory"), "error: disk: No memory; fix that and rerun"),
+        (UserError("\x1b[2Jfile\n\udcff: bad"), r"error: \x1b[2Jfile\n\udcff: bad"),
         (KeyboardInterrupt(), "interrupted"),
     ],
 )
@@ -73,3 +76,18 @@ def test_closed_standard_output_ends_quietly(lines: int, tmp_path: Path) -> None
     )
     os.close(writer)
     assert (tool.returncode, tool.stderr) == (1, b"")
+
+
+def test_missing_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_main_that_raises(MemoryError(), monkeypatch)
+    assert re.fullmatch("error: memory: .*rerun", str(stop.value.code))
+
+
+def test_standard_streams_may_be_closed(finished: Project) -> None:
+    command = "python -m stages.evaluate <&- >&- 2>&-"
+    before = finished.results()
+    finished.run("sh", "-c", command)
+    assert finished.results() == before
+    line = finished.run("sh", "-c", "python -m tools.predict - <&-", ok=False)
+    assert re.fullmatch("error: -: .*\n", line)

@@ -216,3 +216,30 @@ def test_arbitrary_damage_is_rejected_or_harmless(data: st.DataObject, folder: P
     path.write_bytes(data.draw(st.binary() | damaged(path.read_bytes())))
     with refused():
         assert same(load_split(path), SPLIT)
+
+
+@pytest.mark.parametrize("value", [0, 1, 255])
+def test_images_without_contrast_are_rejected(value: int, tmp_path: Path) -> None:
+    """Numbers from 0 to 1 that were cast to uint8 are 0, pictures of 16 bits can become white."""
+    split = small_split(300)
+    images = np.full_like(split.images, value)
+    images[::20] = split.images[::20]
+    path = tmp_path / "split.npz"
+    save_split(path, replace(split, images=images))
+    with pytest.raises(UserError, match=rf"^{path}: .* single value; .*255"):
+        load_split(path)
+    images[::2] = split.images[::2]
+    save_split(path, replace(split, images=images))
+    load_split(path)
+
+
+@pytest.mark.parametrize("names", [("a", " "), ("a", "b\n"), ("a", "\udcff"), ("a", "</script>")])
+def test_class_names_that_cannot_be_printed_are_rejected(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"class name .*rename"):
+        small_split(9, class_names=names)
+
+
+def test_labels_from_1_are_explained() -> None:
+    split = small_split(9)
+    with pytest.raises(ValueError, match=r"label is 3, .*3 class names.*subtract 1"):
+        replace(split, labels=split.labels + np.uint8(1))

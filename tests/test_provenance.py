@@ -1,6 +1,7 @@
 """`tools.provenance`, in clones with a history."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,12 @@ def test_folder_outside_git_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     Path("file").touch()
     with pytest.raises(UserError, match=r"^\.git: .*not a git repository.*; run in a clone$"):
         main(Path("file"))
+
+
+def test_missing_git_is_one_line(finished: Project) -> None:
+    project = finished.with_variables(PATH=str(Path(sys.executable).parent))
+    line = project.run("python", "-m", "tools.provenance", MODEL, ok=False)
+    assert line == "error: git: not found; install Git\n"
 
 
 def test_origin_of_a_folder(tmp_path: Path) -> None:

@@ -1,6 +1,11 @@
+import re
+import subprocess
+import sys
+
 import pytest
 
 from stages.shared.errors import UserError
+from tests.conftest import ROOT
 from tools.seeds import summarize
 
 
@@ -62,3 +67,11 @@ def test_nothing_to_summarize() -> None:
     assert str(error.value) == (
         "no experiments; pipe `dvc exp show --csv --hide-workspace` into this"
     )
+
+
+@pytest.mark.parametrize("text", [b"\x00\xff\n\x80", b"a\rb,c\n", b"train.seed,accuracy\n0,inf\n"])
+def test_text_that_is_not_a_table_is_one_line(text: bytes) -> None:
+    command = [sys.executable, "-m", "tools.seeds"]
+    done = subprocess.run(command, cwd=ROOT, input=text, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(rb"error: .*`dvc exp show .*\n", done.stderr)

@@ -14,7 +14,10 @@ from stages.shared.errors import UserError, escape
 
 def git(*arguments: str) -> str:
     """Return the output of a Git command. Raise `UserError` if it fails."""
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("git: not found; install Git") from None
     if done.returncode:
         raise UserError(f".git: {' '.join(done.stderr.split()):.200}; run in a clone")
     return done.stdout

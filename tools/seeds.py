@@ -4,6 +4,7 @@ Usage: dvc exp show --csv --hide-workspace | python -m tools.seeds
 """
 
 import csv
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,13 +53,18 @@ def summarize(rows: Iterable[dict[str, str]]) -> list[list[str]]:
 
 def _number(row: dict[str, str], key: str) -> float | None:
     try:
-        return float(row[key])
-    except (KeyError, ValueError):
+        number = float(row[key])
+    except (KeyError, TypeError, ValueError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def main() -> None:
-    table = summarize(csv.DictReader(sys.stdin))
+    try:
+        table = summarize(csv.DictReader(sys.stdin))
+    except (csv.Error, UnicodeDecodeError):
+        remedy = "pipe `dvc exp show --csv --hide-workspace` into this"
+        raise UserError(f"standard input: is not a CSV table; {remedy}") from None
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))

@@ -150,7 +150,8 @@ def repair_lock() -> Iterator[str]:
     """Restore dvc.lock from Git if it is malformed. Without a good version there, remove it."""
     if is_malformed_lock():
         remove(LOCK)
-        subprocess.run(["git", "checkout", "--quiet", "--", LOCK], stderr=subprocess.DEVNULL)
+        with suppress(FileNotFoundError):  # no Git
+            subprocess.run(["git", "checkout", "--quiet", "--", LOCK], stderr=subprocess.DEVNULL)
         if is_malformed_lock():
             remove(LOCK)
         yield str(LOCK)

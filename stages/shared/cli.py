@@ -7,13 +7,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from errno import EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS
+from errno import EACCES, EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EPERM, EROFS
 from functools import partial
+from pathlib import Path
 
 from stages.shared.errors import UserError, escape
 
-# What the machine refuses, and the user can allow: permissions, a full or a broken disk.
-MACHINE_ERRORS = (EACCES, EDQUOT, EIO, ENOSPC, EPERM, EROFS)
+# What the machine refuses, and the user can allow: permissions, memory, a full or a broken disk.
+MACHINE_ERRORS = (EACCES, EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EPERM, EROFS)
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
@@ -28,10 +29,18 @@ def run(main: Callable[..., None], parser: argparse.ArgumentParser | None = None
 
     Without a parser the command has no arguments, and its `--help` is its module's docstring.
     """
+    open_standard_streams()
     parser = parser or argument_parser(sys.modules[main.__module__].__doc__)
     arguments = vars(parser.parse_args())
     if line := error_line(partial(main, **arguments)):
         sys.exit(line)
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null in place of standard streams that are closed, as some services have them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def error_line(main: Callable[[], None]) -> str | None:
@@ -53,6 +62,8 @@ def error_line(main: Callable[[], None]) -> str | None:
         if error.errno not in MACHINE_ERRORS:
             raise
         return escape(f"error: {error.filename or 'disk'}: {error.strerror}; fix that and rerun")
+    except MemoryError:
+        return "error: memory: not enough; close other programs, or raise the limit, and rerun"
     except KeyboardInterrupt:
         return "interrupted"
     return None

@@ -59,7 +59,9 @@ class Split:
             raise ValueError(f"labels are {labels.dtype} {labels.shape}, must be {form}")
         check_class_names(names)
         if len(labels) and labels.max() >= len(names):
-            raise ValueError(f"a label is {labels.max()}, but there are {len(names)} class names")
+            remedy = "; subtract 1 if the labels start from 1" if labels.min() else ""
+            problem = f"a label is {labels.max()}, but there are {len(names)} class names"
+            raise ValueError(f"{problem}, for the labels 0 to {len(names) - 1}{remedy}")
 
     def __len__(self) -> int:
         return len(self.labels)

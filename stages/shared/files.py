@@ -6,6 +6,7 @@ import json
 import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from errno import EMFILE, ENFILE, ENOMEM
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,16 +40,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def reading(path: Path, remedy: str = "make it with `dvc repro`") -> Iterator[None]:
     """Raise `UserError` if the block finds that the file at `path` is missing or damaged.
 
-    `remedy` is for a missing file. A `UserError` of the block passes, and so does a
-    `PermissionError`, because such a file is not damaged.
+    `remedy` is for a missing file. A `UserError` of the block passes. So does an error that a file
+    that is not damaged can have: no permission, too little memory, too many open files.
     """
     try:
         yield
-    except (UserError, PermissionError):
+    except (UserError, MemoryError, PermissionError):
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {remedy}") from None
     except Exception as error:  # libraries raise a dozen types for damaged bytes
+        if isinstance(error, OSError) and error.errno in (EMFILE, ENFILE, ENOMEM):
+            raise
         raise DamagedError(path, error) from None
 
 

@@ -14,7 +14,7 @@ def test_time_in_the_future_does_not_install_at_each_call(tmp_path: Path) -> Non
     rule = "stamp: requirements.txt\n\t@echo install\n\t$(TOUCH)\n"
     (tmp_path / "rules.mk").write_text(f"include {ROOT}/Makefile\n{rule}")
     project = Project(tmp_path, {})
-    assert project.run("make", "-f", "rules.mk", "stamp") == "install\n"
+    assert "install\n" in project.run("make", "-f", "rules.mk", "stamp")
     assert "install" not in project.run("make", "-f", "rules.mk", "stamp")
     os.utime(prerequisite, (2**32 + 9, 2**32 + 9))
-    assert project.run("make", "-f", "rules.mk", "stamp") == "install\n"
+    assert "install\n" in project.run("make", "-f", "rules.mk", "stamp")

@@ -31,7 +31,7 @@ def run_main_that_raises(error: BaseException, monkeypatch: pytest.MonkeyPatch) 
             "error: data/file: Permission denied; fix that and rerun",
         ),
         (OSError(ENOSPC, "No space left"), "error: disk: No space left; fix that and rerun"),
-        (OSError(ENOMEM, "No memory"), "error: disk: No memory; fix that and rerun"),
+        (OSError(ENOMEM, "No memory"), "error: memory: No memory; fix that and rerun"),
         (UserError("\x1b[2Jfile\n\udcff: bad"), r"error: \x1b[2Jfile\n\udcff: bad"),
         (KeyboardInterrupt(), "interrupted"),
     ],

@@ -1,11 +1,11 @@
 """Classify pictures: print the class of each, its probability and the two runners-up.
 
-A picture is any file that Pillow opens, "-" is standard input. If it has the size of the model's
-images, the model gets it as it is, unless it is transparent. Otherwise it is prepared in the way
-that the model file names. Digits are prepared as in MNIST (LeCun, Bottou, Bengio and Haffner,
-Proceedings of the IEEE 86, 1998, section III.A): the bounding box of the digit is scaled by
-averaging to 20 x 20 pixels, aspect ratio kept, and its centre of mass is moved to the centre of
-28 x 28 pixels, light on dark. Other models get the whole picture, resized.
+A picture is a PNG, JPEG, GIF, BMP, TIFF, WebP, AVIF, JPEG 2000 or PPM file. "-" is standard input.
+If it has the size of the model's images, the model gets it as it is, unless it is transparent.
+Otherwise it is prepared in the way that the model file names. Digits are prepared as in MNIST
+(LeCun, Bottou, Bengio and Haffner, Proceedings of the IEEE 86, 1998, section III.A): the bounding
+box of the digit is scaled by averaging to 20 x 20 pixels, aspect ratio kept, and its centre of mass
+is moved to the centre of 28 x 28 pixels, light on dark. Other models get the whole picture.
 """
 
 import io

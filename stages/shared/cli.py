@@ -61,7 +61,8 @@ def error_line(main: Callable[[], None]) -> str | None:
     except OSError as error:
         if error.errno not in MACHINE_ERRORS:
             raise
-        return escape(f"error: {error.filename or 'disk'}: {error.strerror}; fix that and rerun")
+        place = error.filename or ("memory" if error.errno == ENOMEM else "disk")
+        return escape(f"error: {place}: {error.strerror}; fix that and rerun")
     except MemoryError:
         return "error: memory: not enough; close other programs, or raise the limit, and rerun"
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from tests.conftest import Project
+from tests.conftest import STAGES, Project
 
 CHECKPOINT = "data/checkpoint.safetensors"
 DOWNLOADS = ".downloads"
@@ -37,9 +37,13 @@ class Damage:
 
 
 def output_files(project: Project) -> list[str]:
-    """Return the output files in dvc.lock, including those in output folders."""
-    stages = yaml.safe_load(project.read("dvc.lock"))["stages"].values()
-    paths = [project.root / out["path"] for stage in stages for out in stage["outs"]]
+    """Return the output files in dvc.lock of this project's stages, and those in output folders."""
+    stages = yaml.safe_load(project.read("dvc.lock"))["stages"]
+    paths = [
+        project.root / out["path"]
+        for name in STAGES.keys() & stages
+        for out in stages[name]["outs"]
+    ]
     folders = [path for path in paths if path.is_dir()]
     files = [path for path in paths if path not in folders]
     files += [file for folder in folders for file in sorted(folder.iterdir())]

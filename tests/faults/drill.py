@@ -21,12 +21,13 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from tests.conftest import Project, finish
+from tests.conftest import Project, commit, finish
 from tests.faults import damage, disk
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 VICTIMS = ("all", "DVC", "the stage")
 SITUATIONS = ("cold", "changed", "changed back", "dvc exp run")
+OWN_FILE = "notes/todo.txt"
 CASES = [
     (situation, victim, sent)
     for situation, victim, sent in product(SITUATIONS, VICTIMS, SIGNALS)
@@ -141,6 +142,15 @@ def check_kills(project: Project, kills: int, seed: int) -> Counter[str]:
     return counts
 
 
+def add_own_stage(project: Project) -> None:
+    """Add a stage with a working directory, and a user's folder at the path in dvc.lock."""
+    for folder in ("report", "notes"):
+        (project.root / folder).mkdir()
+    (project.root / OWN_FILE).write_bytes(b"mine")
+    deps = ("--name=report", "--wdir=report", "--deps=../metrics/accuracy.json", "--outs=notes")
+    project.run("dvc", "stage", "add", *deps, "cp ../metrics/accuracy.json notes")
+
+
 def main() -> None:
     from tests.mnist import running_mirror, small_project  # not in a copy without fetch
 
@@ -153,6 +163,8 @@ def main() -> None:
         projects = [small_project(Path(folder, str(n)), mirror) for n in range(WORKERS)]
         for project in projects:
             project.set(num_epochs=15)
+            commit(project, "Set params")
+            add_own_stage(project)
             finish(project)
         shares = [len(range(n, kills, WORKERS)) for n in range(WORKERS)]
         counts = sum(pool.map(check_kills, projects, shares, range(WORKERS)), Counter[str]())
@@ -168,6 +180,7 @@ def main() -> None:
             print(f"{runs:4} runs on a full or read-only disk", flush=True)
         except disk.CannotMountError as error:
             print(f"no full or read-only disk: {error}", flush=True)
+        assert all(project.read(OWN_FILE) == b"mine" for project in projects)
     print("nothing lost, nothing wrong")
 
 

@@ -19,7 +19,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 IN_PYTHON = $(if $(PYTHON), in $(PYTHON))
 # No bytecode: on a full disk Python would write a truncated file, and fail at it later.
-IN_VENV := PYTHONDONTWRITEBYTECODE=1 PATH="$(CURDIR)/.venv/bin:$$PATH"
+IN_VENV := PYTHONDONTWRITEBYTECODE=1 PATH="$$PWD/.venv/bin:$$PATH"
 # Bytecode is compiled here. Where PYTHONDONTWRITEBYTECODE is set, as in many containers, each dvc
 # command would compile it again, which takes 0.6 s.
 INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python \

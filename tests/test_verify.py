@@ -266,9 +266,39 @@ def test_mistake_that_stops_dvc_is_one_line(mistake: str, message: str, finished
     assert re.fullmatch(message, str(error.value))
 
 
-def test_cache_may_be_in_another_folder(finished: Project) -> None:
+def test_cache_may_be_in_another_folder(finished: Project, output_of_verify: Verify) -> None:
+    shutil.move(".dvc/cache", "elsewhere")
     finished.run("dvc", "cache", "dir", "--local", "elsewhere")
-    assert verify.cache_folder().resolve() == finished.root / "elsewhere"
+    cached = (
+        finished.root
+        / "elsewhere"
+        / cached_path(finished, str(MODEL)).relative_to(finished.root / ".dvc/cache")
+    )
+    cut(cached)
+    assert output_of_verify() == repaired(f"{MODEL} in the cache")
+    assert not cached.exists()
+
+
+def test_hardlink_lock_is_released(finished: Project, output_of_verify: Verify) -> None:
+    """DVC advises this lock for NFS and Lustre: a lock file that exists is a lock that is held."""
+    finished.run("dvc", "config", "--local", "core.hardlink_lock", "true")
+    for lock in Path(".dvc/tmp").glob("*lock"):  # of the other kind: as in a new clone
+        lock.unlink()
+    for _ in range(2):
+        assert ALL_INTACT.fullmatch(output_of_verify())
+        assert finished.repro() == []
+
+
+def test_project_in_a_subfolder_of_a_repository(
+    finished: Project, output_of_verify: Verify
+) -> None:
+    """A monorepo: Git's folder is above the project."""
+    shutil.move(".git", "../.git")
+    finished.run("git", "add", "--all", ".")
+    finished.run("git", "commit", "--quiet", "--message=Move")
+    assert ALL_INTACT.fullmatch(output_of_verify())
+    assert finished.run("python", "-m", "tools.compare").startswith("reproduced: ")
+    assert "made by train" in finished.run("python", "-m", "tools.provenance", str(MODEL))
 
 
 def test_full_disk_is_named(

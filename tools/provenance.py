@@ -19,7 +19,8 @@ def git(*arguments: str) -> str:
     except FileNotFoundError:
         raise UserError("git: not found; install Git") from None
     if done.returncode:
-        raise UserError(f".git: {' '.join(done.stderr.split()):.200}; run in a clone")
+        problem = " ".join(done.stderr.split())
+        raise UserError(f".git: {problem:.200}; run in a clone, or `git init`")
     return done.stdout
 
 
@@ -33,7 +34,7 @@ def history() -> Iterator[tuple[str, str]]:
     for line in git(*log, "--", "dvc.lock").splitlines():
         commit, _, rest = line.partition(" ")
         if git("ls-tree", commit, "dvc.lock"):  # the commit did not delete it
-            yield f"{commit[:10]} {rest}", git("show", f"{commit}:dvc.lock")
+            yield f"{commit[:10]} {rest}", git("show", f"{commit}:./dvc.lock")
 
 
 def format_origin(output: str, name: str, stage: Stage) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +17,18 @@ from typing import Any, NamedTuple
 import msgspec
 import psutil
 from dvc.config import Config, ConfigError
+from dvc.lock import LockError, make_lock
 from dvc.rwlock import SCHEMA as RWLOCK_SCHEMA
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from dvc.utils import dict_sha256
 from dvc.utils.serialize import loads_yaml
 from voluptuous import Invalid, Schema
-from zc.lockfile import LockError, LockFile
 
 from stages.shared.cli import argument_parser, run
 from stages.shared.dvc_lock import LOCK, digest, parse_lock, stages_of
 from stages.shared.errors import UserError
 from stages.shared.params import read_sections
+from tools.provenance import git
 
 RWLOCK = Path(".dvc/tmp/rwlock")  # DVC's note of the processes that use a path
 LOCK_FILE = Path(f"{RWLOCK}.lock")
@@ -36,8 +37,7 @@ CHECKPOINT = Path("data/checkpoint.safetensors")
 
 def check_setup() -> None:
     """Raise `UserError` if DVC cannot work here. DVC's own messages name no remedy."""
-    if not Path(".git").exists():
-        raise UserError(".git: not found, but DVC needs a Git repository; run `git init`")
+    git("rev-parse", "--git-dir")  # raises UserError with what Git says
     for path in map(Path, ("params.yaml", "dvc.yaml", ".dvc/config", ".dvc/config.local")):
         if os.path.lexists(path) and not path.is_file():
             remedy = f"run `rm -r {path}` and `git checkout {path}`"
@@ -65,10 +65,10 @@ def defined_stages() -> dict[str, Any]:
     return {}
 
 
-def cache_folder() -> Path:
-    """Return the folder of DVC's cache. Raise `UserError` if DVC's config is malformed."""
+def read_dvc_config() -> Config:
+    """Read DVC's config. Raise `UserError` if it is malformed."""
     try:
-        return Path(Config(dvc_dir=".dvc")["cache"].get("dir", ".dvc/cache"))
+        return Config(dvc_dir=".dvc")
     except ConfigError as error:
         remedy = "edit .dvc/config or .dvc/config.local, or run `git checkout .dvc/config`"
         raise UserError(f".dvc: {str(error).rstrip('.')}; {remedy}") from None
@@ -294,7 +294,8 @@ def report_disk_space(cache: Path) -> None:
 
 def main(disk_space: bool = False) -> None:
     check_setup()
-    cache = cache_folder()
+    config = read_dvc_config()
+    cache = Path(config["cache"].get("dir", ".dvc/cache"))
     if disk_space:
         report_disk_space(cache)
         return
@@ -302,7 +303,9 @@ def main(disk_space: bool = False) -> None:
         RWLOCK.parent.mkdir(exist_ok=True)
         if LOCK_FILE.is_dir():
             remove(LOCK_FILE)
-        with closing(LockFile(str(LOCK_FILE))):  # keeps other DVC processes from starting a stage
+        # DVC's own lock, so that no other DVC process starts a stage meanwhile.
+        hardlink = config["core"].get("hardlink_lock", False)
+        with make_lock(str(LOCK_FILE), tmp_dir=str(RWLOCK.parent), hardlink_lock=hardlink):
             check_idle()
             repaired = [
                 *repair_rwlock(),

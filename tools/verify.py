@@ -131,7 +131,7 @@ def is_running(pid: int, cmd: str) -> bool:
 
 
 def repair_rwlock() -> Iterator[str]:
-    """Remove DVC's note of its processes if it is malformed, or if it would block DVC for ever."""
+    """Remove DVC's note of its processes if it is malformed, or if it would block DVC forever."""
     blocks = any(psutil.pid_exists(process["pid"]) for process in noted_processes())
     if os.path.lexists(RWLOCK) and (read_rwlock() is None or blocks):
         remove(RWLOCK)

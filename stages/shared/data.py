@@ -61,7 +61,7 @@ class Split:
         if len(labels) and labels.max() >= len(names):
             remedy = "; subtract 1 if the labels start from 1" if labels.min() else ""
             problem = f"a label is {labels.max()}, but there are {len(names)} class names"
-            raise ValueError(f"{problem}, for the labels 0 to {len(names) - 1}{remedy}")
+            raise ValueError(f"{problem}, whose labels are 0 to {len(names) - 1}{remedy}")
 
     def __len__(self) -> int:
         return len(self.labels)

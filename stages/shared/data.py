@@ -1,5 +1,6 @@
 """Labelled images: the form in which every data set reaches training and evaluation."""
 
+import io
 import math
 import zipfile
 from dataclasses import dataclass, replace
@@ -99,8 +100,7 @@ def shuffled_indices(split: Split, rng: np.random.Generator) -> NDArray[np.intp]
 def save_split(path: Path, split: Split, indices: NDArray[np.intp] | None = None) -> None:
     """Write `split`, or its examples at `indices`, as an uncompressed .npz file.
 
-    `np.savez` would write the same bytes, but here only WRITE_BYTES of images are in memory at a
-    time. Equal examples give equal bytes.
+    Only WRITE_BYTES of images are in memory at a time. Equal examples give equal bytes.
     """
     if indices is None:
         indices = np.arange(len(split))
@@ -113,12 +113,18 @@ def save_split(path: Path, split: Split, indices: NDArray[np.intp] | None = None
     images_per_write = max(1, WRITE_BYTES // math.prod(split.image_shape))
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in small_arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array)
-        with archive.open("images.npy", "w", force_zip64=True) as member:
-            shape = (len(indices), *split.image_shape)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(member, header)
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, array)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), buffer.getvalue())
+        header = io.BytesIO()
+        shape = (len(indices), *split.image_shape)
+        form = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, form)
+        # With the size known, all versions of Python write the same ZIP headers.
+        info = zipfile.ZipInfo("images.npy")
+        info.file_size = len(header.getvalue()) + math.prod(shape)
+        with archive.open(info, "w") as member:
+            member.write(header.getvalue())
             for start in range(0, len(indices), images_per_write):
                 member.write(split.images[indices[start : start + images_per_write]].tobytes())
 

@@ -212,7 +212,9 @@ def recorded_outputs() -> Iterator[Output]:
     """
     defined = defined_stages()
     for name, stage in stages_of(LOCK.read_bytes() if LOCK.is_file() else b"").items():
-        definition = defined.get(name.partition("@")[0], {})  # name@key for a foreach stage
+        definition = defined.get(name.partition("@")[0])  # name@key for a foreach stage
+        if definition is None:  # its working directory is not known
+            continue
         definition = definition.get("do", definition)
         folder = definition.get("wdir", ".")
         is_ours = folder == "." and "-m stages." in str(definition.get("cmd"))

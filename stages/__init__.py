@@ -14,10 +14,16 @@ MLX_CAME_FIRST = "mlx.core" in sys.modules  # as in a notebook; its symbols are 
 if sys.platform == "linux":
     sys.setdlopenflags(os.RTLD_LAZY)
 
-# Size, time of the last change and inode of each code file before Python imports it, so that
-# `stages.shared.inputs` notices an edit at any moment.
+
+def file_stats(path: Path) -> tuple[int, int, int]:
+    """Return size in bytes, time of the last change in nanoseconds, and inode of a file."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+# Of each code file before Python imports it, so that `stages.shared.inputs` notices an edit.
 CODE_STATS = {
-    str(path): (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    path: file_stats(path)
     for path in Path(__file__).resolve().parent.rglob("*.py")
-    for stat in [path.lstat()]
+    if path.is_file()  # not an editor's dangling link
 }

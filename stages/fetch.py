@@ -275,7 +275,7 @@ def fetch(dataset_name: str, folder: Path) -> None:
                 missing.remove(name)
             break
         except SourceError as error:
-            print(f"{label}: {missing[0]}: {error}", file=sys.stderr)
+            print(escape(f"{label}: {missing[0]}: {error}"), file=sys.stderr)
     if missing:
         problem = f"could not download {missing[0]} ({dataset_name}) from any source"
         remedy = "check the network, or set DATA_MIRROR to a folder or URL that has the four files"

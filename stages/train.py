@@ -232,12 +232,13 @@ def check_finite(model: nn.Module, metrics: EpochMetrics, params: TrainParams) -
     Finite weights can be so large that a loss is not finite.
     """
     weights = flat_parameters(model).values()
-    losses = [metrics.train_loss, metrics.validation_loss or 0.0]
-    if not (all(map(math.isfinite, losses)) and all(mx.isfinite(array).all() for array in weights)):
+    values = known_values(metrics)
+    is_finite = all(map(math.isfinite, values.values()))
+    if not (is_finite and all(mx.isfinite(array).all() for array in weights)):
+        losses = [f"{name} {value:.4g}" for name, value in values.items() if "loss" in name]
         raise UserError(
-            f"params.yaml: training diverged in epoch {metrics.epoch} (train loss {losses[0]:.4g},"
-            f" validation loss {losses[1]:.4g}); lower train.learning_rate (now"
-            f" {params.learning_rate})"
+            f"params.yaml: training diverged in epoch {metrics.epoch} ({', '.join(losses)}); lower"
+            f" train.learning_rate (now {params.learning_rate})"
         )
 
 

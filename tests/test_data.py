@@ -251,3 +251,12 @@ def test_zip_headers_do_not_depend_on_the_version_of_python(tmp_path: Path) -> N
     with zipfile.ZipFile(path) as archive:
         assert [member.extra for member in archive.infolist()] == [b""] * 4
         assert all(member.extract_version == 20 for member in archive.infolist())
+
+
+def test_other_types_come_with_a_remedy() -> None:
+    """The labels of QMNIST are int32, and images are often float32."""
+    split = small_split(9)
+    with pytest.raises(ValueError, match=r"labels are int32 .*astype\(np\.uint8\)"):
+        replace(split, labels=split.labels.astype(np.int32))
+    with pytest.raises(ValueError, match=r"images are float32 .*own-data\.md"):
+        replace(split, images=split.images.astype(np.float32))

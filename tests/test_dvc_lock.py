@@ -79,7 +79,7 @@ def test_folder_digest_is_that_of_dvc(finished: Project, monkeypatch: pytest.Mon
     """The order of the names depends on how they are compared."""
     monkeypatch.chdir(finished.root)
     folder = Path("data/folder")
-    for name in ("b", "a b", "é", "a/b", "a.b", "a/c/d", "B"):
+    for name in ("b", "a b", "é", "a/b", "a.b", "a/c/d", "B", "a/.DS_Store"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     finished.run("dvc", "add", "data/folder")

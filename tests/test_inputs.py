@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import CODE_STATS, evaluate, train
+from stages import CODE_STATS, evaluate, file_stats, train
 from stages.shared import inputs
 from stages.shared.distributed import Ranks
 from stages.shared.errors import UserError
@@ -112,11 +112,21 @@ def test_params_of_another_file(params: str, finished: Project) -> None:
         state.check_unchanged()
 
 
+def test_params_in_another_format(finished: Project) -> None:
+    path, other = finished.root / "dvc.yaml", finished.root / "other.json"
+    path.write_text(path.read_text().replace("- model\n", "- other.json:\n      - a\n", 1))
+    other.write_text('{"a": 1}')
+    state = Inputs()
+    other.write_text('{"a": 2}')
+    with pytest.raises(UserError, match=r"^other\.json: its MD5 changed"):
+        state.check_unchanged()
+
+
 def test_code_edited_while_python_imports_it(
     finished: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = (finished.root / "stages/model.py").resolve()
-    monkeypatch.setitem(CODE_STATS, str(path), inputs.stats_of(path))
+    monkeypatch.setitem(CODE_STATS, path, file_stats(path))
     Inputs()
     finished.append("stages/model.py", "# edited\n")
     with pytest.raises(UserError, match=r"^stages/model\.py: changed.*rerun"):

@@ -90,6 +90,15 @@ def expected_probabilities(model: nn.Module, split: Split) -> NDArray[np.float32
     return np.array(mx.softmax(mx.array(predict(model, split).logits), axis=1))
 
 
+def test_class_name_cannot_end_the_script() -> None:
+    """A model file with such a name is refused, but the page does not rely on that."""
+    pages = []
+    for name in ("c", "</script>"):
+        metadata = Metadata(PARAMS, (9, 7), ("a", "b", name), "mnist")
+        pages.append(make_page(MODEL, Mlp(63, 30, 20, 10, 3), metadata))
+    assert pages[0].count("</script>") == pages[1].count("</script>")
+
+
 @in_browser
 def test_predictions_of_the_page_are_those_of_the_model(example: Example, tmp_path: Path) -> None:
     model, metadata, split = example

@@ -70,6 +70,11 @@ def test_missing_validation_folder_is_drawn_from_training(tmp_path: Path) -> Non
     assert [counts(splits[name])[0] for name in ("train", "validation", "test")] == [9, 1, 4]
 
 
+def test_class_may_be_called_train(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 5, classes=("bus", "car", "train"))
+    assert read_splits(tmp_path, SHAPE)["test"].class_names == ("bus", "car", "train")
+
+
 def test_pictures_are_read_as_by_predict(tmp_path: Path) -> None:
     """Turned by EXIF, of 16 bits, transparent, of other sizes."""
     pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 4), dtype=np.uint8)
@@ -129,6 +134,14 @@ def test_same_image_in_two_splits_is_reported(
         ("mkdir pictures/empty", "pictures/empty: has no pictures"),
         ("mkdir pictures/ant/more", "pictures/ant/more: is a folder inside.*move"),
         ("echo junk > pictures/ant/x.png", r"pictures/ant/x\.png: cannot be decoded .*delete"),
+        (
+            "mkdir pictures/train; mv pictures/??? pictures/train; touch pictures/README",
+            "pictures/README: .*move.*delete",
+        ),
+        (
+            "mkdir pictures/train pictures/val pictures/valid; mv pictures/[abc]* pictures/train",
+            "pictures/train/ant: is a folder inside",
+        ),
         ("rm -r pictures/*", "pictures: has 0 folders"),
         (
             "mkdir pictures/train; mv pictures/ant pictures/bee pictures/train; "

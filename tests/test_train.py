@@ -248,7 +248,7 @@ def test_diverged_loss_stops_training() -> None:
 def test_diverged_weight_stops_training() -> None:
     run = new_training(PARAMS)
     run.model.layers[0].bias = mx.full((16,), -mx.inf)  # ReLU hides it from the loss
-    assert re.search(r"epoch 1 \(train loss \d", diverge(run))
+    assert re.search(r"epoch 1 \(train_loss \d", diverge(run))
 
 
 def test_validation_loss_that_is_not_finite_stops_training() -> None:
@@ -256,7 +256,7 @@ def test_validation_loss_that_is_not_finite_stops_training() -> None:
     run = new_training(PARAMS)
     run.model.layers[0].weight = mx.full(run.model.layers[0].weight.shape, 3e38)
     black = Split(np.zeros_like(TRAIN.images), TRAIN.labels, TRAIN.class_names)
-    with pytest.raises(UserError, match=r"epoch 1 \(train loss \d.*validation loss (inf|nan)\)"):
+    with pytest.raises(UserError, match=r"epoch 1 \(train_loss \d.*validation_loss (inf|nan)\)"):
         list(train(run, Splits(black, VALIDATION)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.shared.cli import run
 from stages.shared.dvc_lock import Stage, stages_of
-from stages.shared.errors import UserError
+from stages.shared.errors import UserError, escape
 from tools.provenance import git
 
 ACCURACY = "metrics/accuracy.json"
@@ -95,7 +95,7 @@ def compare(before: dict[str, Stage], after: dict[str, Stage]) -> str:
 
 
 def main() -> None:
-    print(compare(stages_of(committed("dvc.lock")), stages_of(current("dvc.lock"))))
+    print(escape(compare(stages_of(committed("dvc.lock")), stages_of(current("dvc.lock")))))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ If it has the size of the model's images, the model gets it as it is, unless it 
 Otherwise it is prepared in the way that the model file names. Digits are prepared as in MNIST
 (LeCun, Bottou, Bengio and Haffner, Proceedings of the IEEE 86, 1998, section III.A): the bounding
 box of the digit is scaled by averaging to 20 x 20 pixels, aspect ratio kept, and its centre of mass
-is moved to the centre of 28 x 28 pixels, light on dark. Other models get the whole picture.
+is moved to the centre of 28 x 28 pixels, light on dark. Other models get the whole picture,
+resized.
 """
 
 import io

@@ -13,7 +13,7 @@ from statistics import mean, stdev
 import yaml
 
 from stages.shared.cli import run
-from stages.shared.errors import UserError
+from stages.shared.errors import UserError, escape
 
 SEED = "train.seed"
 REPORTED = "accuracy"
@@ -68,7 +68,7 @@ def main() -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join(cells).rstrip())
+        print(escape("  ".join(cells).rstrip()))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from voluptuous import Invalid, Schema
 
 from stages.shared.cli import argument_parser, run
 from stages.shared.dvc_lock import LOCK, digest, parse_lock, stages_of
-from stages.shared.errors import UserError
+from stages.shared.errors import UserError, escape
 from stages.shared.params import read_sections
 from tools.provenance import git
 
@@ -44,9 +44,7 @@ def check_setup() -> None:
             raise UserError(f"{path}: is not a regular file; {remedy}")
     for path in map(Path, ("data", "data/raw", "metrics")):
         if path.is_symlink():
-            remedy = (
-                "put a folder in its place; for another disk run `dvc cache dir --local FOLDER`"
-            )
+            remedy = "put a folder there; to use another disk, run `dvc cache dir --local FOLDER`"
             raise UserError(f"{path}: is a link, which DVC does not follow; {remedy}")
     for path in (RWLOCK.parent, Path(".dvc/cache")):
         if os.path.lexists(path) and not path.is_dir():
@@ -303,7 +301,7 @@ def main(disk_space: bool = False) -> None:
         return
     try:
         RWLOCK.parent.mkdir(exist_ok=True)
-        if LOCK_FILE.is_dir():
+        if os.path.lexists(LOCK_FILE) and not LOCK_FILE.is_file():
             remove(LOCK_FILE)
         # DVC's own lock, so that no other DVC process starts a stage meanwhile.
         hardlink = config["core"].get("hardlink_lock", False)
@@ -316,7 +314,7 @@ def main(disk_space: bool = False) -> None:
                 *repair_run_cache(cache),
                 *repair_outputs(cache),
             ]
-        print(summary(repaired), flush=True)
+        print(escape(summary(repaired)), flush=True)
     except LockError:
         print("note: another DVC process runs here; nothing is verified until it ends", flush=True)
 

@@ -1,9 +1,9 @@
 """Save the progress of a training run, so that an interrupted run resumes after its last epoch."""
 
-import re
 import sys
+from contextlib import suppress
 from hashlib import sha256
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from stages.shared.data import Split
 from stages.shared.errors import DamagedError
 from stages.shared.model_file import load_arrays, save_arrays
+
+# Each brings kernels of its own. To list all installed packages would take 0.1 s.
+MLX_PACKAGES = ("mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
 
 
 def config_hash(*params: object) -> str:
@@ -46,15 +49,14 @@ def backend() -> list[str]:
 
     On Linux CPUs the kernels of OpenBLAS decide the bits of a result. Elsewhere the chip does.
     """
-    packages = [
-        f"{package.name} {package.version}"
-        for package in distributions()
-        if re.fullmatch("mlx(-.*)?", package.name or "")
-    ]
+    packages = []
+    for name in MLX_PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages.append(f"{name} {version(name)}")
     device = mx.default_device()
     is_linux_cpu = sys.platform == "linux" and device == mx.Device(mx.cpu)
     chip = "" if is_linux_cpu else str(mx.device_info())
-    return [*sorted(packages), str(device), chip]
+    return [*packages, str(device), chip]
 
 
 def imported_files() -> dict[str, Path]:

@@ -17,9 +17,9 @@ from stages.shared.mapped_npz import map_npz
 
 WRITE_BYTES = 4 << 20  # of images, copied into memory at a time by `save_split`
 GROUP_BYTES = 64 << 20  # of images, shuffled as one group; all of MNIST is less
+BLOCK_BYTES = 256 << 10  # of neighbouring images, read from disk together into a group
 MAX_SAMPLE = 100  # images that `check_contrast` looks at, up to twice as many
 MAX_BLANK = 0.9  # fraction of these that may have a single value
-BLOCK_BYTES = 256 << 10  # of neighbouring images, read from disk together into a group
 
 
 def check_class_names(names: tuple[str, ...]) -> None:
@@ -54,10 +54,12 @@ class Split:
         images, labels, names = self.images, self.labels, self.class_names
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]:
             form = "uint8 (N, rows, columns) or (N, rows, columns, channels)"
-            raise ValueError(f"images are {images.dtype} {images.shape}, must be {form}")
+            remedy = "; convert them as docs/own-data.md shows" if images.dtype != np.uint8 else ""
+            raise ValueError(f"images are {images.dtype} {images.shape}, must be {form}{remedy}")
         if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
             form = f"uint8 ({len(images)},) as there are {len(images)} images"
-            raise ValueError(f"labels are {labels.dtype} {labels.shape}, must be {form}")
+            remedy = "; convert them with .astype(np.uint8)" if labels.dtype != np.uint8 else ""
+            raise ValueError(f"labels are {labels.dtype} {labels.shape}, must be {form}{remedy}")
         check_class_names(names)
         if len(labels) and labels.max() >= len(names):
             remedy = "; subtract 1 if the labels start from 1" if labels.min() else ""

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from stages.shared.cli import argument_parser, error_line, run
 from stages.shared.errors import UserError
@@ -206,6 +206,7 @@ class Shards:
         `loss_fn(model, pixels, labels)` is a mean over examples.
         """
 
+        names = untrained_names(model)
         weighted_loss_and_grad_fn = nn.value_and_grad(
             model, lambda model, x, y, weight: weight * loss_fn(model, x, y)
         )
@@ -213,7 +214,7 @@ class Shards:
         def loss_and_grad_fn(model: nn.Module, pixels: mx.array, labels: mx.array) -> Any:
             seeds = self.rng.integers(2**64, size=self.count, dtype=np.uint64)
             shard_size = math.ceil(len(labels) / self.count)
-            before = statistics(model)
+            before = parameters_of(model, names)
             terms: list[Any] = []  # each is loss, gradients and changes of the statistics
             for shard in self.local_shards:
                 start = shard * shard_size
@@ -225,13 +226,13 @@ class Shards:
                 mx.random.seed(int(seeds[shard]))  # dropout takes its keys as the graph is built
                 weight = len(y) / len(labels)
                 loss, grads = weighted_loss_and_grad_fn(model, x, y, weight)
-                after = statistics(model)
-                changes = {name: weight * (after[name] - before[name]) for name in before}
+                after = parameters_of(model, names)
+                changes = {name: weight * (after[name] - before[name]) for name in names}
                 terms.append((loss, grads, changes))
-                model.load_weights(list(before.items()), strict=False)  # for the next shard
+                model.update(tree_unflatten(list(before.items())))  # for the next shard
             loss, grads, changes = self.all_reduce(sum_pairwise(terms))
-            sums = [(name, before[name] + change) for name, change in changes.items()]
-            model.load_weights(sums, strict=False)
+            sums = tree_map(mx.add, before, changes)
+            model.update(tree_unflatten(list(sums.items())))
             return loss, grads
 
         return loss_and_grad_fn
@@ -253,11 +254,21 @@ class Shards:
         return term
 
 
-def statistics(model: nn.Module) -> dict[str, mx.array]:
-    """Return what no gradient changes by name: running statistics, and layers that are frozen."""
+def untrained_names(model: nn.Module) -> list[str]:
+    """Return the names of parameters without a gradient: running statistics, frozen layers.
+
+    All ranks have the same order, because MPI matches their sums by their order.
+    """
     trainable = dict(tree_flatten(model.trainable_parameters()))
+    return sorted(dict(tree_flatten(model.parameters())).keys() - trainable)
+
+
+def parameters_of(model: nn.Module, names: list[str]) -> dict[str, mx.array]:
+    """Return the parameters with these names."""
+    if not names:  # as for most networks: nothing to look for in each step
+        return {}
     parameters = dict(tree_flatten(model.parameters()))
-    return {name: array for name, array in parameters.items() if name not in trainable}
+    return {name: parameters[name] for name in names}
 
 
 def sum_pairwise(terms: list[Any]) -> Any:

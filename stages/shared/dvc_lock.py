@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -73,7 +73,7 @@ def stages_of(text: str | bytes) -> dict[str, Stage]:
         return {}
 
 
-def recorded_digests(paths: Iterable[Path]) -> dict[Path, str]:
+def recorded_digests(paths: Collection[Path]) -> dict[Path, str]:
     """Return the digest of each path that dvc.lock or a `.dvc` file, of `dvc add`, records.
 
     Raises `UserError` if such a file is malformed.
@@ -144,10 +144,8 @@ def digest(path: Path) -> str:
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "md5").hexdigest()
-    files = {
-        file.relative_to(path).as_posix(): file
-        for file in path.rglob("*")
-        if file.is_file() and not set(file.parts).intersection(IGNORED_NAMES)
-    }
-    listing = [{"md5": digest(file), "relpath": name} for name, file in sorted(files.items())]
+    names = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    names = [name for name in names if not set(name.parts).intersection(IGNORED_NAMES)]
+    relpaths = sorted(name.as_posix() for name in names)
+    listing = [{"md5": digest(path / relpath), "relpath": relpath} for relpath in relpaths]
     return f"{hashlib.md5(json.dumps(listing).encode()).hexdigest()}.dir"

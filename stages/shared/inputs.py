@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from stages import CODE_STATS
+from stages import CODE_STATS, file_stats
 from stages.shared.dvc_lock import digest, recorded_digests
 from stages.shared.errors import UserError
 from stages.shared.params import read_sections
@@ -30,12 +30,16 @@ class Inputs:
         self.resumes = resumes
         self.is_noted = False  # whether `note_change` has printed its line
         definition = stage_definition()
-        self.params = [Params(*entry) for entry in param_files(definition)]
-        paths = [path for path in map(Path, definition.get("deps", [])) if path.exists()]
+        keys_of_files = param_files(definition)
+        self.params = [Params(path, keys) for path, keys in keys_of_files if is_yaml(path)]
+        # The content of params in another format, such as JSON, is compared as that of code is.
+        paths = [path for path, _ in keys_of_files if not is_yaml(path)]
+        paths += map(Path, definition.get("deps", []))
+        paths = [path for path in paths if path.exists()]
         recorded = recorded_digests(paths)
         self.files = [File(path, recorded.get(path)) for path in paths]
         for file in self.files:
-            if CODE_STATS.get(str(file.path.resolve()), file.stats) != file.stats:
+            if CODE_STATS.get(file.path.resolve(), file.stats) != file.stats:
                 raise UserError(f"{file.path}: changed while the stage started; rerun")
 
     def change(self) -> str | None:
@@ -111,12 +115,14 @@ class File:
         Data are hashed only if a size, a time or an inode differs. Code is small.
         """
         try:
-            if self.is_data and stats_of(self.path) == self.stats:
+            stats = stats_of(self.path)
+            if self.is_data and stats == self.stats:
                 return None
-            md5 = digest(self.path) if self.path.exists() else "missing"
-        except FileNotFoundError:  # a file of a folder, deleted at this moment
-            md5 = "unknown"
+            md5 = digest(self.path)
+        except FileNotFoundError:
+            stats, md5 = None, "missing"
         if md5 == self.md5:
+            self.stats = stats  # such a file is not hashed again at the next check
             return None
         return f"{self.path}: its MD5 changed from {self.md5:.8} to {md5:.8}"
 
@@ -125,8 +131,7 @@ def stats_of(path: Path) -> Any:
     """Return size, time of the last change and inode of a file, or of each file in a folder."""
     if path.is_dir():
         return {file: stats_of(file) for file in path.rglob("*") if file.is_file()}
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return file_stats(path)
 
 
 def stage_name() -> str:
@@ -146,12 +151,17 @@ def stage_definition() -> dict[str, Any]:
 
 
 def param_files(definition: dict[str, Any]) -> list[tuple[Path, list[str] | None]]:
-    """Return the YAML files with params of a stage, and which params; None stands for all."""
+    """Return the files with params of a stage, and which params; None stands for all."""
     files: list[tuple[Path, list[str] | None]] = []
     for entry in definition.get("params", []):
         keys_of = entry if isinstance(entry, dict) else {"params.yaml": [entry]}
         files += [(Path(name), keys) for name, keys in keys_of.items()]
-    return [(path, keys) for path, keys in files if path.suffix in (".yaml", ".yml")]
+    return files
+
+
+def is_yaml(path: Path) -> bool:
+    """Return whether the name of a file is that of a YAML file."""
+    return path.suffix in (".yaml", ".yml")
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -76,6 +76,8 @@ def load_model(path: Path) -> tuple[Model, Metadata]:
         check_class_names(metadata.class_names)
         model = metadata.build()
         model.load_weights(list(arrays.items()))
+    except MemoryError:
+        raise
     except Exception as error:  # another stages/model.py can raise anything
         problem = f"does not fit this version of the code ({' '.join(str(error).split()):.200})"
         raise UserError(f"{path}: {problem}; train a new one with `dvc repro`") from None

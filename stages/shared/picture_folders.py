@@ -34,11 +34,10 @@ def read_splits(
     class, drawn with `seed`. Pictures are resized to `image_shape`. Prints a note if the same image
     is in two splits. Raises `UserError` for a file that is not a picture, or another structure.
     """
-    found = {name: folder_of(folder, name) for name in SPLITS}
-    if found["train"]:
-        examples = {name: list(list_examples(path)) if path else [] for name, path in found.items()}
-    else:
-        examples = {"train": list(list_examples(folder)), "validation": [], "test": []}
+    folders = folders_of_splits(folder) or {"train": folder}
+    examples = {
+        name: list(list_examples(folders[name])) if name in folders else [] for name in SPLITS
+    }
     rng = np.random.default_rng(seed)
     for name in ("test", "validation"):
         if not examples[name]:
@@ -47,10 +46,7 @@ def read_splits(
     if not 0 < len(class_names) <= 256:
         problem = f"has {len(class_names)} folders with pictures, must be 1 to 256"
         raise UserError(f"{folder}: {problem}; make one folder per class")
-    splits = {
-        name: read_split(examples[name], class_names, image_shape)
-        for name in ("train", "validation", "test")
-    }
+    splits = {name: read_split(examples[name], class_names, image_shape) for name in SPLITS}
     report_duplicates(splits, examples)
     return splits
 
@@ -64,17 +60,26 @@ def visible(folder: Path) -> list[Path]:
     )
 
 
-def folder_of(folder: Path, split: str) -> Path | None:
-    """Return the folder of a split, such as train or val, if there is one."""
-    names = SPLITS[split]
-    return next((path for path in visible(folder) if path.name.lower() in names), None)
+def folders_of_splits(folder: Path) -> dict[str, Path]:
+    """Return the folders train, validation and test by split.
+
+    Return none of them if there is anything else: a class of vehicles may be called train.
+    """
+    found = {}
+    for path in visible(folder):
+        for split, names in SPLITS.items():
+            if path.name.lower() in names:
+                found[split] = path
+    is_complete = "train" in found and len(found) == len(visible(folder))
+    return found if is_complete else {}
 
 
 def list_examples(folder: Path) -> Iterator[Example]:
     """Yield the pictures in `folder`/CLASS/. Raises `UserError` for another structure."""
     for class_folder in visible(folder):
         if not class_folder.is_dir():
-            raise UserError(f"{class_folder}: is not in the folder of a class; move it into one")
+            problem = "is not in the folder of a class"
+            raise UserError(f"{class_folder}: {problem}; move it into one or delete it")
         paths = visible(class_folder)
         if not paths:
             raise UserError(f"{class_folder}: has no pictures; put some there or delete it")
@@ -92,11 +97,13 @@ def hold_out(
 
     Each class with at least three examples keeps and gives at least one.
     """
+    by_class: dict[str, list[Example]] = {}
+    for example in examples:
+        by_class.setdefault(example[1], []).append(example)
     kept: list[Example] = []
     drawn: list[Example] = []
-    for class_name in sorted({name for _, name in examples}):
-        own = [example for example in examples if example[1] == class_name]
-        count = max(round(fraction * len(own)), len(own) > 2)
+    for own in by_class.values():
+        count = max(round(fraction * len(own)), 1 if len(own) > 2 else 0)
         permutation = rng.permutation(len(own))
         drawn += [own[index] for index in sorted(permutation[:count])]
         kept += [own[index] for index in sorted(permutation[count:])]
@@ -107,17 +114,18 @@ def read_split(
     examples: list[Example], class_names: tuple[str, ...], image_shape: tuple[int, ...]
 ) -> Split:
     """Read the pictures of a split. Raises `UserError` for a class or a file that does not fit."""
+    label_of = {name: label for label, name in enumerate(class_names)}
     images = np.empty((len(examples), *image_shape), np.uint8)
     labels = np.empty(len(examples), np.uint8)
     for index, (path, class_name) in enumerate(examples):
-        if class_name not in class_names:
+        if class_name not in label_of:
             raise UserError(f"{path.parent}: has no class of this name in training; delete it")
         try:
             with path.open("rb") as file:
                 images[index] = read_picture(file, image_shape, "")
         except ValueError as error:
             raise UserError(f"{path}: {error}, or delete it") from None
-        labels[index] = class_names.index(class_name)
+        labels[index] = label_of[class_name]
     try:
         return Split(images, labels, class_names)
     except ValueError as error:

@@ -14,6 +14,8 @@ A picture that already has the size and the channels of the image is not changed
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
@@ -35,27 +37,35 @@ Pixels = NDArray[np.uint8]
 Ink = NDArray[np.float64]
 
 
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Raise `ValueError` for any error of Pillow in the block."""
+    try:
+        yield
+    except Image.DecompressionBombError:
+        raise ValueError(f"has more than {MAX_PIXELS:,} pixels; shrink it") from None
+    except Exception as error:  # Pillow raises a dozen types for damaged bytes
+        raise ValueError(f"cannot be decoded ({type(error).__name__}); save it as PNG") from None
+
+
 def decode(file: BinaryIO) -> Image.Image:
     """Decode a picture, upright, the first frame of an animation, with 8 bits per channel.
 
     Raises `ValueError` if the file is damaged, not a picture or too large.
     """
-    try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            picture: Image.Image = Image.open(file, formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise ValueError(f"has more than {MAX_PIXELS:,} pixels; shrink it") from None
-    except Exception as error:  # Pillow raises a dozen types for damaged bytes
-        raise ValueError(f"cannot be decoded ({type(error).__name__}); save it as PNG") from None
+    # Pillow warns about some sizes that are checked below.
+    with (
+        warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+        decoding(),
+    ):
+        picture: Image.Image = Image.open(file, formats=FORMATS)
     is_deep = picture.mode.startswith(("I", "F"))
     limit = MAX_DEEP_PIXELS if is_deep else MAX_PIXELS
     if math.prod(picture.size) > limit:
         raise ValueError(f"has more than {limit:,} pixels; shrink it")
-    try:
+    with decoding():
         picture.load()
         picture = ImageOps.exif_transpose(picture)
-    except Exception as error:
-        raise ValueError(f"cannot be decoded ({type(error).__name__}); save it as PNG") from None
     return to_8_bits(picture) if is_deep else picture
 
 

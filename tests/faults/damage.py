@@ -41,7 +41,8 @@ def output_files(project: Project) -> list[str]:
     stages = yaml.safe_load(project.read("dvc.lock"))["stages"]
     paths = [
         project.root / out["path"]
-        for name in STAGES.keys() & stages
+        for name in stages
+        if name in STAGES
         for out in stages[name]["outs"]
     ]
     folders = [path for path in paths if path.is_dir()]

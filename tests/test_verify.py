@@ -235,9 +235,15 @@ def test_outputs_of_a_stage_in_another_folder(
     beside.mkdir()
     written.unlink()
     written.symlink_to("nowhere")
+    unfinished = written.with_name(".UUxMJJcDpBt_UgGvjNj3Lw.tmp")  # by DVC, killed
+    hidden = written.with_name(".own.tmp")
+    unfinished.touch()
+    hidden.touch()
     with pytest.raises(UserError, match=r"notes: .*not a regular file.*move"):
         verify.main()
     assert written.is_symlink()
+    assert not unfinished.exists()
+    assert hidden.exists()
     written.unlink()
     assert output_of_verify()
     assert beside.is_dir()

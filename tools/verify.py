@@ -6,6 +6,7 @@ it stops at files that a killed run left half-written. `make repro` therefore ru
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ from tools.provenance import git
 
 RWLOCK = Path(".dvc/tmp/rwlock")  # DVC's note of the processes that use a path
 LOCK_FILE = Path(f"{RWLOCK}.lock")
+# The name of a file that DVC (dvc-objects 5) has not finished to write: a random token.
+DVC_TEMPORARY = re.compile(r"\.[0-9A-Za-z_-]{22}\.tmp")
 CHECKPOINT = Path("data/checkpoint.safetensors")
 
 
@@ -161,10 +164,23 @@ def is_malformed_lock() -> bool:
     return os.path.lexists(LOCK) and not valid
 
 
+def hidden_files(folder: Path) -> list[Path]:
+    """Return what has a hidden name in a folder, sorted."""
+    return sorted(folder.glob(".*"))
+
+
 def remove_leftovers() -> Iterator[str]:
-    """Remove unfinished files of DVC and the stages, and a checkpoint that is not a file."""
-    hidden = [*sorted(Path("data").glob(".*")), *sorted(Path("metrics").glob(".*"))]
-    leftovers = [path for path in hidden if path.suffix in (".tmp", ".part")]
+    """Remove unfinished files of DVC and the stages, and a checkpoint that is not a file.
+
+    DVC writes an output of any stage under a temporary name beside it first.
+    """
+    ours = (Path("data"), Path("metrics"))
+    others = {out.path.parent for out in recorded_outputs()}.difference(ours)
+    leftovers = [
+        path for folder in ours for path in hidden_files(folder) if path.suffix in (".tmp", ".part")
+    ]
+    for folder in sorted(others):  # where another hidden file may be the user's
+        leftovers += [path for path in hidden_files(folder) if DVC_TEMPORARY.fullmatch(path.name)]
     if os.path.lexists(CHECKPOINT) and not CHECKPOINT.is_file():
         leftovers.append(CHECKPOINT)
     for path in leftovers:

@@ -1,11 +1,12 @@
 """Evaluate the model on the test split: accuracy, accuracy per class, confusion, worst mistakes.
 
-The accuracy has a 95% confidence interval. If the intervals of two experiments do not overlap, the
-difference is larger than the choice of the test examples can explain.
+The accuracy has a 95% confidence interval for the choice of the test examples. To compare two
+models or two settings, use `python -m tools.compare`.
 """
 
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -43,17 +44,6 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
 
 
-def accuracy_metrics(predictions: Predictions) -> dict[str, float]:
-    """Return the accuracy with its confidence interval, and the loss in nats."""
-    low, high = wilson_interval(int(predictions.correct.sum()), len(predictions.labels))
-    return {
-        "accuracy": predictions.accuracy,
-        "accuracy_95_low": round(low, 4),
-        "accuracy_95_high": round(high, 4),
-        "loss": round(predictions.loss, 6),
-    }
-
-
 def class_accuracies(split: Split, predictions: Predictions) -> dict[str, float]:
     """Return the accuracy per class, rounded to 4 decimals, of the classes that have examples."""
     accuracies = {}
@@ -62,6 +52,19 @@ def class_accuracies(split: Split, predictions: Predictions) -> dict[str, float]
         if len(correct):
             accuracies[name] = round(int(correct.sum()) / len(correct), 4)
     return accuracies
+
+
+def accuracy_metrics(split: Split, predictions: Predictions) -> dict[str, Any]:
+    """Return the accuracy with its confidence interval, per class, and the loss in nats."""
+    low, high = wilson_interval(int(predictions.correct.sum()), len(predictions.labels))
+    return {
+        "accuracy": predictions.accuracy,
+        "accuracy_95_low": round(low, 4),
+        "accuracy_95_high": round(high, 4),
+        "loss": round(predictions.loss, 6),
+        "examples": len(predictions.labels),
+        "accuracy_of": class_accuracies(split, predictions),
+    }
 
 
 def draw_image(image: NDArray[np.uint8]) -> Image.Image:
@@ -107,10 +110,9 @@ def main() -> None:
     if not math.isfinite(predictions.loss):
         problem = f"its loss on {TEST} is {predictions.loss}, so its training diverged"
         raise UserError(f"{MODEL}: {problem}; lower train.learning_rate in params.yaml")
-    metrics = accuracy_metrics(predictions)
+    metrics = accuracy_metrics(test, predictions)
     inputs.check_unchanged()
     save_json(METRICS / "accuracy.json", metrics)
-    save_json(METRICS / "classes.json", {"accuracy_of": class_accuracies(test, predictions)})
     names = np.array(test.class_names)
     rows = list(zip(names[test.labels], names[predictions.predicted_labels], strict=True))
     save_csv(METRICS / "confusion.csv", ("actual", "predicted"), rows)

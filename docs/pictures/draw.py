@@ -138,11 +138,11 @@ def confusion_cells(predictions: list[Row]) -> list[Spec]:
     return cells
 
 
-def draw_confusion(predictions: list[Row], classes: Spec, metrics: dict[str, float]) -> bytes:
+def draw_confusion(predictions: list[Row], metrics: Spec) -> bytes:
     """Draw how often each class was predicted as which, the mistakes in another colour."""
     cells = confusion_cells(predictions)
     predicted = {row["predicted"] for row in predictions}
-    names = list(dict.fromkeys([*classes["accuracy_of"], *sorted(predicted)]))
+    names = list(dict.fromkeys([*metrics["accuracy_of"], *sorted(predicted)]))
     has_counts = len(names) <= MAX_CLASSES_WITH_COUNTS
     longest = min(12, max(map(len, names)))  # characters
     left, top = 44 + 5 * longest, 78
@@ -252,10 +252,7 @@ def load(path: str) -> Any:
 # The function that draws each picture, and the files that it shows.
 PICTURES: dict[str, tuple[Callable[..., bytes], tuple[str, ...]]] = {
     "curves.svg": (draw_curves, ("metrics/history.csv",)),
-    "confusion.svg": (
-        draw_confusion,
-        ("metrics/confusion.csv", "metrics/classes.json", "metrics/accuracy.json"),
-    ),
+    "confusion.svg": (draw_confusion, ("metrics/confusion.csv", "metrics/accuracy.json")),
     "mistakes.png": (to_png, ("metrics/misclassified.png",)),
     "distorted.png": (draw_distorted, ("data/train.npz",)),
     "ladder.svg": (draw_ladder, ("docs/ladder.csv",)),

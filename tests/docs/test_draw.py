@@ -97,8 +97,8 @@ def history(epochs: int, validated: bool = True, **last: str) -> list[Row]:
 def confusion(pairs: list[tuple[int, int]], accuracy: float = 0.5) -> bytes:
     rows = [{"actual": f"class {a}", "predicted": f"class {p}"} for a, p in pairs]
     of_class = {f"class {label}": 0.5 for label in sorted({actual for actual, _ in pairs})}
-    metrics = {"accuracy": accuracy, "accuracy_95_low": 0.4, "accuracy_95_high": 0.6}
-    return draw.draw_confusion(rows, {"accuracy_of": of_class}, metrics)
+    interval = {"accuracy_95_low": 0.4, "accuracy_95_high": 0.6}
+    return draw.draw_confusion(rows, {"accuracy": accuracy, **interval, "accuracy_of": of_class})
 
 
 def test_curves_depend_on_all_metrics() -> None:

@@ -34,7 +34,7 @@ setup: .venv/installed
 repro: .venv/installed
 	@$(IN_VENV) python -m tools.verify
 	@$(IN_VENV) dvc repro || { $(IN_VENV) python -m tools.verify --disk-space; exit 1; }
-	@$(IN_VENV) python -m tools.compare
+	@$(IN_VENV) python -m tools.compare --last-run
 
 page: repro
 	.venv/bin/python -m tools.page

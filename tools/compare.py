@@ -1,102 +1,145 @@
-"""Compare this run with the committed one and print the result in one line.
+"""Compare runs. It answers one of three questions:
 
-This is the last step of `make repro`. It compares dvc.lock, metrics/accuracy.json and
-metrics/mistakes.csv with their versions in Git, so it needs no data of the committed run.
+How do two models differ? A and B are commits, branches, tags or names of experiments, by default
+HEAD and the files in the workspace.
+
+Is a setting better? --seeds groups all experiments by their params and code, and compares each
+group with the baseline over pairs of runs with the same seed. The baseline is the setting of HEAD,
+or the one with the given values of params.
+
+Did the last run give the committed results? --last-run, as at the end of `make repro`.
 """
 
-import csv
 import json
-from pathlib import Path
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
-from stages.shared.cli import run
-from stages.shared.dvc_lock import Stage, stages_of
+from stages.shared.cli import argument_parser, run
 from stages.shared.errors import UserError, escape
+from tools.experiments import (
+    ACCURACY,
+    VALIDATION_ACCURACY,
+    Comparison,
+    Setting,
+    collect_runs,
+    compare_settings,
+    find_baseline,
+    group,
+    resolve_metric,
+)
 from tools.provenance import git
+from tools.report import describe_models, describe_settings
+from tools.revisions import (
+    WORKSPACE,
+    compare_models,
+    describe_last_run,
+    read_results,
+)
 
-ACCURACY = "metrics/accuracy.json"
-MISTAKES = "metrics/mistakes.csv"  # the wrong predictions: any other prediction is the label
-
-
-def committed(path: str) -> str:
-    """Return the text of a file at the last commit, or no text if it is not in Git."""
-    try:
-        return git("show", f"HEAD:./{path}")
-    except UserError:
-        return ""
+DEFAULT_METRICS = (VALIDATION_ACCURACY, ACCURACY)
 
 
-def current(path: str) -> str:
-    """Return the text of a file in the workspace, or no text if it does not exist."""
-    return Path(path).read_text() if Path(path).exists() else ""
-
-
-def params_of(stages: dict[str, Stage]) -> dict[str, Any]:
-    """Return the params of all stages by their full names."""
-    return {
-        name: value for stage in stages.values() for name, value in stage.named_params().items()
+def setting_data(
+    setting: Setting, comparison: Comparison | None, metrics: list[str]
+) -> dict[str, Any]:
+    """Return what is known of a setting, for scripts. The baseline has no comparison."""
+    found: dict[str, Any] = {
+        "params": setting.any_run.params,
+        "inputs": setting.any_run.inputs,
+        "seeds": list(setting.runs),
+        "metrics": {metric: list(setting.values(metric).values()) for metric in metrics},
     }
+    if comparison:
+        found["verdict"], found["verdict_on"] = comparison.verdict, comparison.metric
+        found["adjusted_p"] = comparison.adjusted_p
+        found["seeds_needed"] = comparison.seeds_needed
+        found["differences"] = {name: asdict(test) for name, test in comparison.tests.items()}
+    return found
 
 
-def outputs_of(stages: dict[str, Stage]) -> dict[str, str]:
-    """Return the digests of the outputs of all stages by path."""
-    return {out.path: out.md5 for stage in stages.values() for out in stage.outs}
+def finite(value: Any) -> Any:
+    """Replace each number that JSON does not have, in nested lists and dicts, by None."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def inputs_of(stages: dict[str, Stage]) -> dict[str, str]:
-    """Return the digests of the code and data that no stage makes, by path."""
-    made = outputs_of(stages)
-    deps = [dep for stage in stages.values() for dep in stage.deps]
-    return {dep.path: dep.md5 for dep in deps if dep.path not in made}
+def to_json(value: Any) -> str:
+    """Return JSON text. Values that are not of JSON become text."""
+    return json.dumps(finite(value), indent=2, default=str)
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
-    """Return "old -> new" for each key with a changed value. A missing value is "none"."""
-    return {
-        key: f"{before.get(key, 'none')} -> {after.get(key, 'none')}"
-        for key in before | after
-        if before.get(key) != after.get(key)
-    }
+def parse_values(assignments: Iterable[str]) -> dict[str, Any]:
+    """Return the values of params from PARAM=VALUE. A value that is not JSON is text."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--seeds {assignment}: is not PARAM=VALUE; write train.momentum=0.9")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
 
 
-def accuracy_change() -> str:
-    """Describe both accuracies and their difference; no text if one of them is missing."""
-    try:
-        before = json.loads(committed(ACCURACY))["accuracy"]
-        after = json.loads(current(ACCURACY))["accuracy"]
-        return f"; accuracy {before:.4f} -> {after:.4f} ({after - before:+.4f})"
-    except (KeyError, TypeError, ValueError):
-        return ""
+def compare_seeds(assignments: list[str], metrics: list[str], as_json: bool, markdown: bool) -> str:
+    """Answer whether settings are better than the baseline."""
+    values = parse_values(assignments)
+    if git("rev-parse", "--is-shallow-repository").strip() == "true":
+        problem = "this clone is shallow, and DVC loses queued experiments in it"
+        print(f"note: {problem}; run `git fetch --unshallow`", file=sys.stderr)
+    head, runs = collect_runs()
+    if not runs:
+        raise UserError("HEAD: no run has results; run `dvc repro` and commit, or `dvc exp run`")
+    asked = [resolve_metric(name, runs) for name in metrics]
+    shown = [name for name in DEFAULT_METRICS if any(name in run.metrics for run in runs)]
+    shown = list(dict.fromkeys([*shown, *asked]))
+    settings = group(runs, head)
+    baseline = find_baseline(settings, values)
+    others = [setting for setting in settings if setting is not baseline]
+    comparisons = compare_settings(others, baseline, shown)
+    if as_json:
+        found = [setting_data(each.setting, each, shown) for each in comparisons]
+        return to_json({"baseline": setting_data(baseline, None, shown), "settings": found})
+    return describe_settings(baseline, comparisons, shown, markdown)
 
 
-def wrong_predictions(mistakes: str) -> dict[str, str]:
-    """Return the predicted class per example from the text of metrics/mistakes.csv."""
-    return {row["example"]: row["predicted"] for row in csv.DictReader(mistakes.splitlines())}
-
-
-def prediction_change() -> str:
-    """Describe how many predictions differ; no text if the committed ones are missing."""
-    mistakes = committed(MISTAKES)
-    changed = differences(wrong_predictions(mistakes), wrong_predictions(current(MISTAKES)))
-    return f"; {len(changed):,} predictions on the test split differ" if mistakes else ""
-
-
-def compare(before: dict[str, Stage], after: dict[str, Stage]) -> str:
-    """Describe how the run `after` differs from the committed run `before`."""
-    if not before:
-        return "no committed run to compare with"
-    if changed := differences(params_of(before), params_of(after)):
-        return f"changed params: {', '.join(map(' '.join, changed.items()))}{accuracy_change()}"
-    if outputs_of(before) == outputs_of(after):
-        return "reproduced: bitwise identical to the committed run"
-    if changed := differences(inputs_of(before), inputs_of(after)):
-        return f"changed code or data: {', '.join(changed)}{accuracy_change()}"
-    return f"not bitwise identical to the committed run{prediction_change()}{accuracy_change()}"
-
-
-def main() -> None:
-    print(escape(compare(stages_of(committed("dvc.lock")), stages_of(current("dvc.lock")))))
+def main(
+    a: str,
+    b: str,
+    last_run: bool,
+    seeds: list[str] | None,
+    metric: list[str],
+    json: bool,
+    md: bool,
+) -> None:
+    if last_run:
+        text = describe_last_run()
+    elif seeds is not None:
+        text = compare_seeds(seeds, metric, json, md)
+    else:
+        found = compare_models(read_results(a), read_results(b))
+        text = to_json(asdict(found)) if json else describe_models(found, md)
+    print("\n".join(map(escape, text.split("\n"))))
 
 
 if __name__ == "__main__":
-    run(main)
+    parser = argument_parser(__doc__)
+    parser.add_argument("a", metavar="A", nargs="?", default="HEAD")
+    parser.add_argument("b", metavar="B", nargs="?", default=WORKSPACE)
+    question = parser.add_mutually_exclusive_group()
+    question.add_argument("--seeds", nargs="*", metavar="PARAM=VALUE", help="compare settings")
+    question.add_argument("--last-run", action="store_true", help="compare with the committed run")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    form.add_argument("--md", action="store_true", help="print Markdown, for reports")
+    parser.add_argument(
+        "--metric", action="append", default=[], metavar="NAME", help="with --seeds: add a metric"
+    )
+    run(main, parser)

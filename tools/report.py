@@ -1,0 +1,194 @@
+"""Format comparisons of models and of settings as text or Markdown."""
+
+from collections.abc import Iterable, Iterator
+from statistics import mean, stdev
+
+from tools.experiments import (
+    MOST_SEEDS,
+    NOT_SHOWN,
+    Comparison,
+    Setting,
+    queue_command,
+    varying_params,
+)
+from tools.revisions import ModelComparison
+from tools.significance import LEVEL, PairedTest
+
+MOST_SUGGESTIONS = 3  # the most promising settings; a search can leave dozens with one seed
+
+Table = list[list[str]]
+
+
+def format_table(table: Table, markdown: bool) -> str:
+    """Align the columns of a table, whose first row is the header."""
+    cells = [[cell.replace("|", r"\\|") for cell in row] for row in table] if markdown else table
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if markdown:
+        cells.insert(1, ["-" * width for width in widths])
+    edge, separator = ("| ", " | ") if markdown else ("", "  ")
+    rows = [
+        separator.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    ]
+    return "\n".join((edge + row + edge[::-1]).rstrip() for row in rows)
+
+
+def describe_models(found: ModelComparison, markdown: bool) -> str:
+    """Describe how two models differ, and what that means."""
+    if found.is_same:
+        first, second = found.names
+        return (
+            f"{first} and {second} have the same params and predictions. To compare with the commit"
+            f" before, run\n`python -m tools.compare {first}~1`."
+        )
+    table = [["", *found.names]]
+    table += [[name, *map(str, values)] for name, values in found.params.items()]
+    table.append(["accuracy", *(f"{accuracy:.4f}" for accuracy in found.accuracies)])
+    examples = f"{found.examples:,} test examples" if found.examples else "the test examples"
+    counts = f"{found.became_right:,} became right and {found.became_wrong:,} became wrong"
+    lines = [f"Of {examples}, {counts} (McNemar's exact test: p = {found.p:.2g})."]
+    if found.p < LEVEL:
+        lines += [
+            "The difference between these two models is larger than the sampling error of the test"
+            " split.",
+            "This does not show that the setting is better: two runs with different seeds can"
+            " differ as much.",
+        ]
+    else:
+        lines += [
+            "The difference between these two models is within the sampling error of the test"
+            " split.",
+            "This does not show that the settings are equally good.",
+        ]
+    lines += [
+        "`python -m tools.compare --seeds` compares settings over several seeds.",
+        *found.notes,
+    ]
+    return f"{format_table(table, markdown)}\n\n" + "\n".join(lines)
+
+
+def short_names(metrics: Iterable[str]) -> dict[str, str]:
+    """Return the names of metrics, without the file for each whose name is unique."""
+    names = {metric: metric.partition(":")[2] for metric in metrics}
+    unique = [name for name in names.values() if list(names.values()).count(name) == 1]
+    return {metric: name if name in unique else metric for metric, name in names.items()}
+
+
+def format_values(values: Iterable[float]) -> str:
+    """Format the mean and, of at least two values, the standard deviation."""
+    values = list(values)
+    deviation = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{mean(values):.4f}{deviation}" if values else ""
+
+
+def format_test(test: PairedTest | None) -> str:
+    """Format the mean difference and its 95% interval."""
+    if test is None:
+        return ""
+    interval = f" ({test.low:+.4f} to {test.high:+.4f})" if test.pairs > 1 else ""
+    return f"{test.mean:+.4f}{interval}"
+
+
+def describe_settings(
+    baseline: Setting, comparisons: list[Comparison], metrics: list[str], markdown: bool
+) -> str:
+    """Describe the settings, how they differ from the baseline, and what is left to run."""
+    settings = {"baseline": baseline}
+    settings |= {f"#{place}": found.setting for place, found in enumerate(comparisons, start=1)}
+    parts = [format_table(values_table(settings, metrics), markdown)]
+    if comparisons:
+        parts.append(format_table(differences_table(settings, comparisons, metrics), markdown))
+        parts.append(caption(comparisons, metrics))
+    else:
+        parts.append("There is one setting, so there is nothing to compare.")
+    for label, setting in settings.items():
+        if files := differing_files(baseline, setting):
+            parts.append(f"{label} was made with other versions of {', '.join(files)}.")
+    parts += suggestions(settings, comparisons)
+    return "\n\n".join(parts)
+
+
+def values_table(settings: dict[str, Setting], metrics: list[str]) -> Table:
+    """Return the mean of each metric per setting, and the params that differ from the baseline."""
+    table = [["setting", "seeds", *short_names(metrics).values(), "params"]]
+    varying = varying_params(settings.values())
+    baseline = settings["baseline"].any_run.params
+    for label, setting in settings.items():
+        params = setting.any_run.params
+        shown = [
+            f"{name}={params.get(name)}"
+            for name in varying
+            if setting is settings["baseline"] or params.get(name) != baseline.get(name)
+        ]
+        means = [format_values(setting.values(metric).values()) for metric in metrics]
+        table.append([label, str(len(setting.runs)), *means, " ".join(shown)])
+    return table
+
+
+def differences_table(
+    settings: dict[str, Setting], comparisons: list[Comparison], metrics: list[str]
+) -> Table:
+    """Return the mean difference of each metric from the baseline, and the verdict."""
+    table = [["setting", "pairs", *short_names(metrics).values(), "verdict"]]
+    labels = [label for label in settings if label != "baseline"]
+    for label, found in zip(labels, comparisons, strict=True):
+        differences = [format_test(found.tests.get(metric)) for metric in metrics]
+        table.append([label, str(found.pairs), *differences, found.verdict])
+    return table
+
+
+def differing_files(baseline: Setting, setting: Setting) -> list[str]:
+    """Return the paths of the code and the data that are not those of the baseline."""
+    inputs = baseline.any_run.inputs
+    others = setting.any_run.inputs
+    return [path for path in inputs | others if inputs.get(path) != others.get(path)]
+
+
+def caption(comparisons: list[Comparison], metrics: list[str]) -> str:
+    """Explain the differences and the verdicts."""
+    names = short_names(metrics)
+    deciding = dict.fromkeys(names[found.metric] for found in comparisons if found.metric)
+    return (
+        "Differences from the baseline are means over pairs of runs with the same seed, each with"
+        " its own\n95% interval (Student's t). The verdict is on"
+        f" {' or '.join(deciding)}, at a level of 5% for all\ncomparisons together (Holm)."
+    )
+
+
+def suggestions(settings: dict[str, Setting], comparisons: list[Comparison]) -> Iterator[str]:
+    """Yield how many seeds would settle the most promising open comparisons, and the commands."""
+    labels = {id(setting): label for label, setting in settings.items()}
+    unsettled = [found for found in comparisons if found.metric and found.seeds_needed]
+
+    def promise(found: Comparison) -> float:
+        return mean(found.setting.values(found.metric or "").values())
+
+    shown: list[str] = []
+    for found in sorted(unsettled, key=promise, reverse=True)[:MOST_SUGGESTIONS]:
+        commands = missing_runs(found, settings["baseline"])
+        new = [f"  {command}" for command in commands if command not in shown]
+        yield "\n".join([f"{labels[id(found.setting)]}: {describe_need(found)}", *new])
+        shown += commands
+    if len(unsettled) > MOST_SUGGESTIONS:
+        yield f"{len(unsettled) - MOST_SUGGESTIONS} more settings need more seeds."
+
+
+def describe_need(found: Comparison) -> str:
+    """Say how many seeds would settle a comparison."""
+    if found.seeds_needed > MOST_SEEDS:
+        return f"a difference as small as this needs more than {MOST_SEEDS} seeds."
+    purpose = "are needed"
+    if found.verdict == NOT_SHOWN:
+        purpose = "would show the difference seen so far in 80% of cases"
+    return f"{int(found.seeds_needed)} seeds {purpose}. Queue the missing ones with"
+
+
+def missing_runs(found: Comparison, baseline: Setting) -> list[str]:
+    """Return the commands that queue the runs that a comparison lacks."""
+    if found.seeds_needed > MOST_SEEDS:
+        return []
+    return [
+        queue_command(setting, seeds, baseline)
+        for setting in (found.setting, baseline)
+        if (seeds := found.missing_seeds(setting, baseline))
+    ]

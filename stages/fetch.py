@@ -245,7 +245,8 @@ def check_digest(data: bytearray, expected: str) -> None:
     """Raise `SourceError` if the SHA-256 of `data` is not `expected`."""
     digest = sha256(data).hexdigest()
     if digest != expected:
-        raise SourceError(f"SHA-256 mismatch: expected {expected:.8}..., got {digest:.8}...")
+        problem = f"SHA-256 mismatch: expected {expected:.8}..., got {digest:.8}..."
+        raise SourceError(f"{problem}; for your own data see docs/own-data.md")
 
 
 def fetch(dataset_name: str, folder: Path) -> None:

@@ -1,8 +1,10 @@
 """A split: what it may contain, and that no wrong byte of its file goes unnoticed."""
 
 import pickle
+import re
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from stages.shared.data import WRITE_BYTES, Split, load_split, save_split, shuffled_indices
 from stages.shared.errors import UserError
@@ -100,7 +103,7 @@ def test_files_are_interchangeable_with_numpy(
 
 def test_saving_and_loading_take_little_memory(tmp_path: Path) -> None:
     images = np.zeros((20, 1000, 1000), np.uint8)
-    images[:, 0] = 1
+    images[:, 0] = 2
     split = Split(images, np.zeros(20, np.uint8), ("a",))
     tracemalloc.start()
     save_split(tmp_path / "split.npz", split, np.arange(20))
@@ -230,6 +233,9 @@ def test_images_without_contrast_are_rejected(value: int, tmp_path: Path) -> Non
     images[::2] = split.images[::2]
     save_split(path, replace(split, images=images))
     load_split(path)
+    save_split(path, replace(split, images=split.images // 128))  # only 0 and 1
+    with pytest.raises(UserError, match=rf"^{path}: .* above 1; .*255"):
+        load_split(path)
 
 
 @pytest.mark.parametrize("names", [("a", " "), ("a", "b\n"), ("a", "\udcff"), ("a", "</script>")])
@@ -253,10 +259,34 @@ def test_zip_headers_do_not_depend_on_the_version_of_python(tmp_path: Path) -> N
         assert all(member.extract_version == 20 for member in archive.infolist())
 
 
-def test_other_types_come_with_a_remedy() -> None:
-    """The labels of QMNIST are int32, and images are often float32."""
+@pytest.mark.parametrize(
+    ("convert", "remedy"),
+    [
+        (lambda images: images.astype(np.float32) / 255, "scale them to 0 to 255"),
+        (lambda images: images.astype(np.int64), "convert them"),
+        (lambda images: images.reshape(len(images), -1), "reshape(-1, rows, columns)"),
+    ],
+)
+def test_images_of_other_types_come_with_a_remedy(
+    convert: Callable[[NDArray[Any]], NDArray[Any]], remedy: str
+) -> None:
     split = small_split(9)
-    with pytest.raises(ValueError, match=r"labels are int32 .*astype\(np\.uint8\)"):
-        replace(split, labels=split.labels.astype(np.int32))
-    with pytest.raises(ValueError, match=r"images are float32 .*own-data\.md"):
-        replace(split, images=split.images.astype(np.float32))
+    with pytest.raises(ValueError, match=f"images are .*{re.escape(remedy)}"):
+        replace(split, images=convert(split.images))
+
+
+@pytest.mark.parametrize(
+    ("convert", "remedy"),
+    [
+        (lambda labels: labels.astype(np.int32), ".astype(np.uint8)"),  # as in QMNIST
+        (lambda labels: labels.astype(str), "np.unique(labels, return_inverse=True)"),
+        (lambda labels: labels[:, None], ".ravel()"),
+        (lambda labels: np.eye(3)[labels], ".argmax(axis=1)"),
+    ],
+)
+def test_labels_of_other_types_come_with_a_remedy(
+    convert: Callable[[NDArray[Any]], NDArray[Any]], remedy: str
+) -> None:
+    split = small_split(9)
+    with pytest.raises(ValueError, match=f"labels are .*{re.escape(remedy)}"):
+        replace(split, labels=convert(split.labels))

@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,8 +86,9 @@ def test_pictures_are_read_as_by_predict(tmp_path: Path) -> None:
     Image.fromarray(pixels[..., :3]).save(folder / "1.jpg", exif=exif)
     Image.fromarray(pixels).save(folder / "2.png")
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "3.png")
+    shutil.copytree(folder, tmp_path / "train/b")
     shutil.copytree(tmp_path / "train", tmp_path / "test")
-    split = read_splits(tmp_path, SHAPE, held_out=0)["test"]
+    split = read_splits(tmp_path, SHAPE, held_out=0)["test"][:3]
     for path, image in zip(sorted(folder.iterdir()), split.images, strict=True):
         with path.open("rb") as file:
             assert np.array_equal(image, read_picture(file, SHAPE, ""))
@@ -115,6 +117,24 @@ def test_dvc_ignores_the_same_files(finished: Project) -> None:
     assert set(IGNORED_NAMES) <= set((ROOT / ".dvcignore").read_text().splitlines())
 
 
+def test_class_without_enough_pictures_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path, 5)
+    for path in sorted((tmp_path / "bee").iterdir())[2:]:
+        path.unlink()
+    splits = read_splits(tmp_path, SHAPE)
+    assert re.search("^note: class bee ", capsys.readouterr().out, re.MULTILINE)
+    assert [counts(split)[1] for split in splits.values()] == [2, 0, 0]
+
+
+@pytest.mark.parametrize("image_shape", [(32,), (0, 4), (8, 8, 2), "32x24"])
+def test_impossible_image_shape_is_an_error(image_shape: Any, tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    with pytest.raises(UserError, match=r"image shape .*rows, columns"):
+        read_splits(tmp_path, image_shape)
+
+
 def test_same_image_in_two_splits_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +152,13 @@ def test_same_image_in_two_splits_is_reported(
     [
         ("touch pictures/x.png", r"pictures/x\.png: .*not in the folder of a class"),
         ("mkdir pictures/empty", "pictures/empty: has no pictures"),
-        ("mkdir pictures/ant/more", "pictures/ant/more: is a folder inside.*move"),
+        ("mkdir pictures/ant/more", "pictures/ant/more: is a folder inside.* into pictures"),
+        (
+            "mkdir wrapper; mv pictures/* wrapper; mv wrapper pictures/all",
+            "one folder per class into pictures",
+        ),
+        ("rm -r pictures/ant pictures/bee", "pictures: has 1 folders"),
+        ("rm -r pictures", "pictures: not found"),
         ("echo junk > pictures/ant/x.png", r"pictures/ant/x\.png: cannot be decoded .*delete"),
         (
             "mkdir pictures/train; mv pictures/??? pictures/train; touch pictures/README",
@@ -151,8 +177,11 @@ def test_same_image_in_two_splits_is_reported(
         ("mv pictures/ant pictures/$(printf 'a\\033')", "class name .*rename"),
     ],
 )
-def test_mistake_is_an_error_with_a_remedy(mistake: str, pattern: str, finished: Project) -> None:
+def test_mistake_is_an_error_with_a_remedy(
+    mistake: str, pattern: str, finished: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_pictures(finished.root / "pictures", 3)
     finished.run("sh", "-c", mistake)
+    monkeypatch.chdir(finished.root)
     with pytest.raises(UserError, match=pattern):
-        read_splits(finished.root / "pictures", SHAPE)
+        read_splits(Path("pictures"), SHAPE)

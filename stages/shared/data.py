@@ -35,6 +35,24 @@ def check_class_names(names: tuple[str, ...]) -> None:
             raise ValueError(f"the class name '{escape(name):.60}' {problem}; rename the class")
 
 
+def images_remedy(images: NDArray[Any]) -> str:
+    """Say how to convert images of another dtype or shape."""
+    if images.ndim not in (3, 4) or 0 in images.shape[1:]:
+        return "reshape them with .reshape(-1, rows, columns)"
+    if images.dtype.kind == "f":
+        return "scale them to 0 to 255, then convert them with .astype(np.uint8)"
+    return "if they are 0 to 255, convert them with .astype(np.uint8)"
+
+
+def labels_remedy(labels: NDArray[Any]) -> str:
+    """Say how to convert labels of another dtype or shape."""
+    if labels.dtype.kind in "US":
+        return "get them with class_names, labels = np.unique(labels, return_inverse=True)"
+    if labels.ndim == 2:
+        return f"use labels{'.ravel()' if labels.shape[1] == 1 else '.argmax(axis=1)'}"
+    return "convert them with .astype(np.uint8), one per image"
+
+
 @dataclass(frozen=True)
 class Split:
     """N labelled images: the examples for training, validation or test.
@@ -54,12 +72,12 @@ class Split:
         images, labels, names = self.images, self.labels, self.class_names
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]:
             form = "uint8 (N, rows, columns) or (N, rows, columns, channels)"
-            remedy = "; convert them as docs/own-data.md shows" if images.dtype != np.uint8 else ""
-            raise ValueError(f"images are {images.dtype} {images.shape}, must be {form}{remedy}")
+            problem = f"images are {images.dtype} {images.shape}, must be {form}"
+            raise ValueError(f"{problem}; {images_remedy(images)}")
         if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
             form = f"uint8 ({len(images)},) as there are {len(images)} images"
-            remedy = "; convert them with .astype(np.uint8)" if labels.dtype != np.uint8 else ""
-            raise ValueError(f"labels are {labels.dtype} {labels.shape}, must be {form}{remedy}")
+            problem = f"labels are {labels.dtype} {labels.shape}, must be {form}"
+            raise ValueError(f"{problem}; {labels_remedy(labels)}")
         check_class_names(names)
         if len(labels) and labels.max() >= len(names):
             remedy = "; subtract 1 if the labels start from 1" if labels.min() else ""
@@ -155,10 +173,17 @@ def load_split(path: Path, *, may_be_empty: bool = False, random_access: bool = 
 
 
 def check_contrast(path: Path, split: Split) -> None:
-    """Raise `UserError` if nearly every image has a single value. A sample of them is checked."""
+    """Raise `UserError` if nearly every image has a single value, or if no value is above 1.
+
+    A sample of the images is checked.
+    """
     sample = split.images[:: max(1, len(split) // MAX_SAMPLE)]
     blank = [image.min() == image.max() for image in sample]
+    problem = None
     if math.prod(split.image_shape) > 1 and sum(blank) > MAX_BLANK * len(blank):
         problem = f"{sum(blank)} of {len(blank)} images have a single value"
+    elif len(sample) and sample.max() <= 1:
+        problem = f"no value of {len(blank)} images is above 1"
+    if problem:
         remedy = "multiply values from 0 to 1 by 255 before .astype(np.uint8)"
         raise UserError(f"{path}: {problem}; {remedy}, and read pictures of 16 bits as such")

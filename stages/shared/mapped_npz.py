@@ -48,6 +48,7 @@ def _map_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, file: mmap.mma
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
         data = npy[stream.tell() :]
     if dtype.hasobject:
-        raise UserError(f"{archive.filename}: {member.filename} has dtype object; use .astype(str)")
+        remedy = "give all images one shape, and convert text with .astype(str)"
+        raise UserError(f"{archive.filename}: {member.filename} has dtype object; {remedy}")
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
     return np.ascontiguousarray(array)

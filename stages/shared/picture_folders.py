@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from stages.shared.data import Split
 from stages.shared.dvc_lock import IGNORED_NAMES
-from stages.shared.errors import UserError
-from stages.shared.pictures import read_picture
+from stages.shared.errors import UserError, escape
+from stages.shared.pictures import is_supported, read_picture
 
 SPLITS = {
     "train": ("train", "training"),
@@ -34,6 +34,11 @@ def read_splits(
     class, drawn with `seed`. Pictures are resized to `image_shape`. Prints a note if the same image
     is in two splits. Raises `UserError` for a file that is not a picture, or another structure.
     """
+    if not is_supported(image_shape, "") or len(image_shape) < 2 or min(image_shape) < 1:
+        problem = "must be (rows, columns) or (rows, columns, 3), each at least 1"
+        raise UserError(f"image shape {image_shape}: {problem}; change it")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not found; put one folder of pictures per class there")
     folders = folders_of_splits(folder) or {"train": folder}
     examples = {
         name: list(list_examples(folders[name])) if name in folders else [] for name in SPLITS
@@ -43,9 +48,9 @@ def read_splits(
         if not examples[name]:
             examples["train"], examples[name] = hold_out(examples["train"], held_out, rng)
     class_names = tuple(sorted({name for _, name in examples["train"]}))
-    if not 0 < len(class_names) <= 256:
-        problem = f"has {len(class_names)} folders with pictures, must be 1 to 256"
-        raise UserError(f"{folder}: {problem}; make one folder per class")
+    if not 1 < len(class_names) <= 256:
+        problem = f"has {len(class_names)} folders with pictures, must be 2 to 256"
+        raise UserError(f"{folder}: {problem}; put one folder per class directly into it")
     splits = {name: read_split(examples[name], class_names, image_shape) for name in SPLITS}
     report_duplicates(splits, examples)
     return splits
@@ -86,7 +91,7 @@ def list_examples(folder: Path) -> Iterator[Example]:
         for path in paths:
             if path.is_dir():
                 problem = "is a folder inside the folder of a class"
-                raise UserError(f"{path}: {problem}; move its pictures into {class_folder}")
+                raise UserError(f"{path}: {problem}; put one folder per class into {folder}")
             yield path, class_folder.name
 
 
@@ -95,15 +100,17 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Draw a fraction of the examples of each class. Return the others and the drawn ones.
 
-    Each class with at least three examples keeps and gives at least one.
+    Each class with at least three examples keeps and gives at least one. A note names the others.
     """
     by_class: dict[str, list[Example]] = {}
     for example in examples:
         by_class.setdefault(example[1], []).append(example)
     kept: list[Example] = []
     drawn: list[Example] = []
-    for own in by_class.values():
+    for name, own in by_class.items():
         count = max(round(fraction * len(own)), 1 if len(own) > 2 else 0)
+        if not count:
+            print(f"note: class {escape(name)} has too few pictures to hold one out")
         permutation = rng.permutation(len(own))
         drawn += [own[index] for index in sorted(permutation[:count])]
         kept += [own[index] for index in sorted(permutation[count:])]

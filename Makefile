@@ -63,6 +63,7 @@ lock: .venv/installed
 	$(LOCK) --output-file bench/requirements.txt --group bench --constraint requirements.txt
 	$(LOCK) --output-file .ci/mpi.txt --group mpi
 	$(LOCK) --output-file .ci/remotes.txt --group remotes --constraint requirements.txt
+	$(LOCK) --output-file .ci/search.txt --group search --constraint requirements.txt
 LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
 	--generate-hashes --no-annotate --custom-compile-command "make lock"
 

@@ -25,6 +25,7 @@ from stages.shared.params import read_params
 from stages.train import TrainParams
 from tests.conftest import ROOT, Project, clone, commit, stale
 from tests.docs.pages import DOCS, PAGES, README, blocks, check_consoles, check_states, section
+from tests.test_significance import DIFFERENCE, detected
 from tools.page import mlp_layers
 
 MODEL = "data/model.safetensors"
@@ -78,6 +79,16 @@ def test_commands_of_the_ladder_set_valid_params(tmp_path: Path) -> None:
         path.write_text(yaml.safe_dump(params))
         for part, params_class in PARAMS.items():
             read_params(part, params_class, path)
+
+
+@published
+def test_power_of_comparisons_is_that_of_a_simulation() -> None:
+    page = section(DOCS / "experiments.md", "Compare settings over seeds")
+    rows = re.findall(r"^\| (\d) \| (.*) \| 0\.\d+ \|$", page, re.MULTILINE)
+    assert len(rows) == 2
+    for pairs, powers in rows:
+        found = [detected(int(pairs), count, DIFFERENCE, 2_000).mean() for count in (1, 2, 3)]
+        assert powers == " | ".join(f"{power:.2f}" for power in found)
 
 
 @published
@@ -273,8 +284,9 @@ def test_cuda_package_has_the_version_of_the_locked_mlx() -> None:
     assert f"\nmlx=={version} ;" in REQUIREMENTS
 
 
-def test_ci_installs_open_mpi_as_the_page_shows() -> None:
-    (command,) = re.findall(".*mpi.txt.*", (DOCS / "scale.md").read_text())
+@pytest.mark.parametrize(("page", "lock"), [("scale", "mpi"), ("experiments", "search")])
+def test_ci_installs_packages_as_the_page_shows(page: str, lock: str) -> None:
+    (command,) = re.findall(f".*{lock}.txt.*", (DOCS / f"{page}.md").read_text())
     assert f"{command}\n" in (ROOT / ".ci/run").read_text().replace(" --quiet", "")
 
 

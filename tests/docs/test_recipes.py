@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +17,18 @@ from PIL import Image
 
 from stages.shared.data import Split, load_split
 from stages.shared.model_file import load_arrays
-from tests.conftest import ROOT, SMALL, Project, clone, commit, error_of, small_split
-from tests.docs.pages import DOCS, check_consoles, follow, introduction, section
+from tests.conftest import (
+    ROOT,
+    SMALL,
+    Project,
+    clone,
+    commit,
+    error_of,
+    finish,
+    small_split,
+    use_small_data,
+)
+from tests.docs.pages import DOCS, blocks, check_consoles, follow, introduction, section
 
 pytestmark = pytest.mark.docs
 DATA, NETWORK, PARAM = (DOCS / f"own-{name}.md" for name in ("data", "network", "param"))
@@ -169,3 +182,33 @@ def test_page_shows_what_its_commands_print(page: Path, tmp_path: Path) -> None:
     project.run("git", "commit", "--quiet", "--all", "--allow-empty", "--message=Run")
     follow(project, recipe(page))
     check_consoles(project, page.read_text())
+
+
+def test_search_continues_after_a_kill(copy: Project) -> None:
+    """Kill it after its first trial. It neither changes params.yaml nor forgets that trial."""
+    pytest.importorskip("optuna")
+    use_small_data(copy)
+    finish(copy)
+    (code,) = blocks(section(DOCS / "experiments.md", "Search automatically"), "python")
+    (copy.root / "tools/search.py").write_text(code)
+    commit(copy, "Add a search")
+    command = ["python", "-m", "tools.search", "3"]
+    search = subprocess.Popen(
+        command, cwd=copy.root, env=copy.environment(), start_new_session=True
+    )
+    while "search-0" not in copy.run("dvc", "exp", "list", "--name-only"):
+        assert search.poll() is None
+    os.killpg(search.pid, signal.SIGKILL)
+    search.wait()
+    printed = copy.run(*command)
+    assert copy.run("git", "status", "--porcelain") == ""
+    names = set(copy.run("dvc", "exp", "list", "--name-only").split())
+    assert names >= {"search-0", "search-2", "search-3"}  # the killed trial may have ended
+    best = max(map(float, re.findall(r"finished with value: ([\d.]+)", printed)))
+    shown = re.search(r"validation accuracy (0\.\d+)", printed)
+    assert shown
+    assert float(shown[1]) >= round(best, 4)
+    check, baseline = re.findall("^dvc exp run .*", printed, re.MULTILINE)
+    assert check.count("-S") > baseline.count("-S") == 1
+    for command_line in (check, baseline):
+        copy.run(*command_line.split())

@@ -5,6 +5,7 @@
 
 help:
 	@echo "make setup     install the locked packages into .venv (other targets do so if needed)"
+	@echo "               GPU=cuda13 chooses MLX for NVIDIA GPUs on Linux, GPU= MLX for the CPU again"
 	@echo "make repro     check the outputs recorded in dvc.lock, then update every result"
 	@echo "make page      write page.html, a page to draw digits on that contains the model"
 	@echo "make test      run the tests"
@@ -18,6 +19,17 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 IN_PYTHON = $(if $(PYTHON), in $(PYTHON))
+# MLX's build in .venv: cuda13, or empty for the CPU. GPU=... on the command line chooses it. Without
+# that, each target keeps it, also when it creates .venv anew.
+INSTALLED_GPU := $(shell cat .venv/gpu 2>/dev/null)
+CHOSEN_GPU := $(if $(filter command,$(origin GPU)),$(GPU),$(INSTALLED_GPU))
+ifneq ($(filter $(CHOSEN_GPU),cuda13),$(CHOSEN_GPU))
+$(error GPU is $(CHOSEN_GPU), must be cuda13 or empty; run `make setup GPU=cuda13` or `make setup GPU=`)
+endif
+ifneq ($(CHOSEN_GPU),$(INSTALLED_GPU))
+.PHONY: .venv/installed
+endif
+REQUIREMENTS := requirements$(CHOSEN_GPU:%=-%).txt
 # No bytecode: on a full disk Python would write a truncated file, and fail at it later.
 IN_VENV := PYTHONDONTWRITEBYTECODE=1 PATH="$$PWD/.venv/bin:$$PATH"
 # Bytecode is compiled here. Where PYTHONDONTWRITEBYTECODE is set, as in many containers, each dvc
@@ -55,9 +67,11 @@ bench: .venv/bench/installed repro
 	.venv/bin/python -m bench.pipeline
 
 lock: .venv/installed
-	$(LOCK) --output-file stages/requirements.txt pyproject.toml
-	$(LOCK) --output-file requirements.txt pyproject.toml --group run \
+	$(LOCK) --output-file stages/requirements.txt pyproject.toml --group cpu
+	$(LOCK) --output-file requirements.txt pyproject.toml --group cpu --group run \
 		--constraint stages/requirements.txt
+	$(LOCK) --output-file requirements-cuda13.txt pyproject.toml --group cuda13 --group run \
+		--constraint requirements.txt
 	$(LOCK) --output-file .ci/requirements.txt --group lint --constraint requirements.txt
 	$(LOCK) --output-file .ci/uv.txt --group install
 	$(LOCK) --output-file bench/requirements.txt --group bench --constraint requirements.txt
@@ -67,7 +81,7 @@ lock: .venv/installed
 LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy fewest \
 	--generate-hashes --no-annotate --custom-compile-command "make lock"
 
-.venv/installed: requirements.txt .ci/uv.txt
+.venv/installed: $(REQUIREMENTS) .ci/uv.txt
 	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \
 		echo >&2 "error: no Python 3.11 to 3.14$(IN_PYTHON); install one (apt install python3" \
 		"python3-venv, brew install python@3.14) or name one: make PYTHON=/path/to/python3"; \
@@ -76,10 +90,11 @@ LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy f
 		"Linux x86_64" | "Linux aarch64" | "Darwin arm64") ;; \
 		*) echo >&2 "error: MLX has no package for this machine, only for Linux on x86-64 and" \
 		"arm64 and for macOS on Apple silicon (with an arm64 Python)"; exit 1 ;; esac
-	@echo "Installing the packages of requirements.txt into .venv"
-	"$(PYTHON)" -m venv --clear .venv
+	@echo "Installing the packages of $(REQUIREMENTS) into .venv"
+	@rm -f $@  # so that a run that is interrupted here is not taken for a finished one
+	"$(PYTHON)" -m venv --clear .venv; status=$$?; echo "$(CHOSEN_GPU)" > .venv/gpu; exit $$status
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/uv.txt
-	$(INSTALL) -r requirements.txt
+	$(INSTALL) -r $(REQUIREMENTS)
 	.venv/bin/python -m tools.openblas
 	.venv/bin/python -c "import vl_convert as vl; print(vl.javascript_bundle(vl_version='5.21'))" \
 		> .venv/vega.js  # for .dvc/plots.html

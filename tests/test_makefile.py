@@ -1,7 +1,10 @@
 """The Makefile, with the packages of the environment that runs the tests."""
 
 import os
+import re
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT, Project
 
@@ -38,3 +41,86 @@ def test_clone_of_git_for_windows_has_the_same_bytes(finished: Project, tmp_path
     for name in ("dvc.lock", ".ci/run", "params.yaml"):
         assert clone.read(name) == finished.read(name)
     assert clone.run("git", "status", "--porcelain") == ""
+
+
+def locked(name: str) -> dict[str, str]:
+    """Return the packages of a lock: the version, the marker and the hashes of each."""
+    lock = (ROOT / name).read_text()
+    return dict(re.findall(r"^([\w-]+)==(.*\n(?: .*\n)+)", lock, re.MULTILINE))
+
+
+def test_locks_agree_in_all_but_the_backend_of_mlx() -> None:
+    cpu, cuda = locked("requirements.txt"), locked("requirements-cuda13.txt")
+    common = cpu.keys() & cuda.keys()
+    assert {name: cpu[name] for name in common} == {name: cuda[name] for name in common}
+    assert cpu.keys() - common == {"mlx-cpu"}
+    added = cuda.keys() - common
+    assert "mlx-cuda-13" in added
+    for name in added:
+        assert name == "mlx-cuda-13" or name.startswith("nvidia-")
+        version, _, marker = cuda[name].partition(" ")
+        assert name.startswith("nvidia-") or cuda["mlx"].startswith(f"{version} ")
+        assert "sys_platform == 'linux'" in marker
+        assert "darwin" not in marker
+        assert {"x86_64", "aarch64"} <= set(re.findall(r"platform_machine == '(\w+)'", marker))
+
+
+# It stands for Python. `-m venv` makes an environment in which uv prints its arguments.
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+  *"import platform"*) echo Linux x86_64 ;;
+  *"-m venv"*)
+    mkdir -p .venv/bin
+    rm -rf .venv/*
+    [ -z "$VENV_FAILS" ] || exit 1
+    mkdir .venv/bin
+    cp "$0" .venv/bin/python
+    printf '#!/bin/sh\necho uv "$@"\n' > .venv/bin/uv
+    chmod +x .venv/bin/uv ;;
+esac
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Project:
+    """Return a folder in which the Makefile installs nothing, but prints what it would."""
+    for name in ("Makefile", "requirements.txt", "requirements-cuda13.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / ".ci").mkdir()
+    for name in ("uv.txt", "requirements.txt"):
+        (tmp_path / ".ci" / name).touch()
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    return Project(tmp_path, {"PYTHON": "./python", "GPU": "0"})  # as some users set it
+
+
+def installed(project: Project, *arguments: str, ok: bool | None = True) -> list[str]:
+    """Run make. Return the locks that it installed."""
+    printed = project.run("make", *arguments, ok=ok)
+    return re.findall(r"^uv .* -r (\S+)$", printed, re.MULTILINE)
+
+
+def test_every_target_keeps_the_chosen_build(fake: Project) -> None:
+    assert installed(fake, "setup") == ["requirements.txt"]
+    assert installed(fake, "setup", "GPU=cuda13") == ["requirements-cuda13.txt"]
+    assert installed(fake, "setup") == installed(fake, "setup", "GPU=cuda13") == []
+    os.utime(fake.root / "requirements-cuda13.txt", (2**32, 2**32))  # as after `git pull`
+    locks = ["requirements-cuda13.txt", ".ci/requirements.txt"]
+    assert installed(fake, ".venv/lint-installed") == locks
+    assert installed(fake, "setup", "GPU=") == ["requirements.txt"]
+    assert installed(fake, "setup") == installed(fake, "setup", "GPU=") == []
+
+
+@pytest.mark.parametrize("before", ["cuda13", ""])
+def test_next_target_finishes_a_switch_that_failed(before: str, fake: Project) -> None:
+    installed(fake, "setup", f"GPU={before}")
+    failing = fake.with_variables(VENV_FAILS="1")  # as on Debian without python3-venv
+    assert installed(failing, "setup", "GPU=cuda13", "--always-make", ok=False) == []
+    assert installed(fake, ".venv/installed") == ["requirements-cuda13.txt"]
+
+
+@pytest.mark.parametrize("value", ["cuda12", "%", "cuda13 cuda13"])
+def test_unknown_build_is_one_line(value: str, fake: Project) -> None:
+    line = fake.run("make", "setup", f"GPU={value}", ok=False)
+    assert re.fullmatch(rf".*GPU is {value}, .*`make setup GPU=`.*\n", line)
+    assert not (fake.root / ".venv").exists()

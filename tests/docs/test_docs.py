@@ -279,11 +279,6 @@ def test_every_page_and_picture_is_linked() -> None:
     assert linked >= {path.resolve() for path in (*PAGES[1:], *pictures)}
 
 
-def test_cuda_package_has_the_version_of_the_locked_mlx() -> None:
-    (version,) = re.findall(r"mlx\[cuda13\]==([0-9.]+)", (DOCS / "experiments.md").read_text())
-    assert f"\nmlx=={version} ;" in REQUIREMENTS
-
-
 @pytest.mark.parametrize(("page", "lock"), [("scale", "mpi"), ("experiments", "search")])
 def test_ci_installs_packages_as_the_page_shows(page: str, lock: str) -> None:
     (command,) = re.findall(f".*{lock}.txt.*", (DOCS / f"{page}.md").read_text())

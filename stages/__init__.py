@@ -1,4 +1,6 @@
-"""The stages of the pipeline. Importing this package lets OpenBLAS serve MLX on Linux.
+"""The stages of the pipeline. Importing this package prepares the import of MLX.
+
+It lets OpenBLAS serve MLX on Linux, and explains in one line why MLX's CUDA build cannot start.
 
 MLX calls `cblas_sgemm`, and the first library in the global symbol scope that defines it serves
 the call. With lazy binding, that symbol is looked up at the first matrix product, not when MLX is
@@ -8,11 +10,32 @@ imported. So `stages.shared.openblas.load_openblas` can load a faster library af
 import os
 import sys
 from pathlib import Path
+from types import TracebackType
 
 MLX_CAME_FIRST = "mlx.core" in sys.modules  # as in a notebook; its symbols are bound already
 
 if sys.platform == "linux":
     sys.setdlopenflags(os.RTLD_LAZY)
+
+
+def explain_missing_gpu(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Print one line if MLX's CUDA build found no driver or no GPU, else the usual traceback.
+
+    Without them `import mlx.core` fails, at the top of a stage or a tool, where no `try` is.
+    """
+    if isinstance(error, ImportError) and "cuda" in str(error):
+        sys.stderr.write(
+            f"error: MLX: {error}; the CUDA build needs an NVIDIA GPU with driver 580 or newer,"
+            " also for train.device cpu; install the CPU build with `make setup GPU=`\n"
+        )
+    else:
+        show_traceback(kind, error, traceback)
+
+
+show_traceback = sys.excepthook
+sys.excepthook = explain_missing_gpu
 
 
 def file_stats(path: Path) -> tuple[int, int, int]:

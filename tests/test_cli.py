@@ -78,6 +78,31 @@ def test_closed_standard_output_ends_quietly(lines: int, tmp_path: Path) -> None
     assert (tool.returncode, tool.stderr) == (1, b"")
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "libcuda.so.1: cannot open shared object file: No such file or directory",  # no driver
+        "cudaMallocManaged(&data, size) failed: no CUDA-capable device is detected",
+    ],
+)
+@pytest.mark.parametrize("module", ["stages.train", "stages.evaluate", "tools.predict"])
+def test_missing_gpu_of_the_cuda_build_is_one_line(
+    module: str, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx/core.py").write_text(f"raise ImportError({problem!r})")
+    project = Project(ROOT, {"PYTHONPATH": str(tmp_path)})
+    line = project.run("python", "-m", module, ok=False)
+    assert re.fullmatch(rf"error: MLX: {re.escape(problem)}; .*`make setup GPU=`\n", line)
+
+
+def test_other_import_error_keeps_its_traceback(tmp_path: Path) -> None:
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx/core.py").write_text("import no_such_module")
+    project = Project(ROOT, {"PYTHONPATH": str(tmp_path)})
+    assert "Traceback" in project.run("python", "-m", "stages.train", ok=False)
+
+
 def test_missing_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as stop:
         run_main_that_raises(MemoryError(), monkeypatch)

@@ -20,12 +20,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct
 from tqdm import tqdm
 
 from stages.model import ModelParams
 from stages.shared.augment import AugmentParams, augment
 from stages.shared.checkpoint import (
+    backend,
     code_hash,
     config_hash,
     data_hash,
@@ -256,7 +257,8 @@ def select_device(name: str) -> None:
     device = mx.Device(getattr(mx, name))
     if not mx.is_available(device):
         raise UserError(
-            f"params.yaml: train.device is {name}, which this MLX does not have; write cpu"
+            f"params.yaml: train.device is {name}, which this MLX does not have; write cpu, or"
+            " install MLX for NVIDIA GPUs with `make setup GPU=cuda13`"
         )
     mx.set_default_device(device)
 
@@ -269,7 +271,14 @@ def load_splits() -> Splits:
 def make_metadata(model_params: ModelParams, splits: Splits) -> Metadata:
     """Return what the network is built from. Raises `UserError` if the splits do not match."""
     split = splits.train
-    metadata = Metadata(model_params, split.image_shape, split.class_names, split.preprocessing)
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    metadata = Metadata(
+        model_params,
+        split.image_shape,
+        split.class_names,
+        split.preprocessing,
+        UNSET if on_cpu else backend(),
+    )
     metadata.check_compatible(VALIDATION, splits.validation)
     return metadata
 

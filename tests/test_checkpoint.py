@@ -54,6 +54,20 @@ def test_code_hash_covers_every_imported_module(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.undo()
 
 
+def test_code_hash_covers_the_gpu_but_not_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    info: dict[str, str | int] = {"device_name": "A", "architecture": "sm_90", "free_memory": 1}
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    before = code_hash()
+    info["free_memory"] = 2
+    assert code_hash() == before
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    assert code_hash() != before
+    monkeypatch.undo()
+    assert code_hash() != before  # on the device of this machine
+
+
 def test_checkpoint_of_another_run_is_ignored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,13 @@ def test_mlx_reads_parameters_and_metadata(saved: tuple[Model, Path]) -> None:
     }
 
 
+def test_model_of_a_gpu_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    metadata = msgspec.structs.replace(METADATA, backend=("mlx 1", "Device(gpu, 0)"))
+    save_model(path, metadata.build(), metadata)
+    assert load_model(path)[1] == metadata
+
+
 def rewrite(path: Path, source: Path, **changes: Any) -> None:
     """Write the model at `source` with changed metadata and the digest that belongs to them."""
     arrays, entries = load_arrays(source)

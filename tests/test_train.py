@@ -11,9 +11,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from stages import train as stage
+from stages.model import ModelParams
 from stages.shared.augment import AugmentParams
 from stages.shared.checkpoint import load_checkpoint, save_checkpoint
 from stages.shared.data import Split, save_split
@@ -29,6 +31,7 @@ from stages.train import (
     TrainParams,
     batch_iterate,
     loss_fn,
+    make_metadata,
     make_optimizer,
     make_step,
     prefetch,
@@ -337,6 +340,15 @@ def test_distortions_do_not_depend_on_the_batch_size() -> None:
     assert mx.array_equal(seen[0], seen[2])
     assert not mx.array_equal(seen[0], seen[3])
     assert 0 <= seen[0].min() < seen[0].max() <= 1
+
+
+def test_metadata_name_the_gpu_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, splits = read_params("model", ModelParams, ROOT / "params.yaml"), Splits(TRAIN, EMPTY)
+    monkeypatch.setattr(stage, "backend", lambda: ("mlx 1", "Device(gpu, 0)"))
+    for device, expected in ((mx.cpu, UNSET), (mx.gpu, ("mlx 1", "Device(gpu, 0)"))):
+        default = mx.Device(device)
+        monkeypatch.setattr(mx, "default_device", lambda default=default: default)
+        assert make_metadata(params, splits).backend == expected
 
 
 def test_network_larger_than_the_memory_is_rejected() -> None:

@@ -1,5 +1,6 @@
 """Save the progress of a training run, so that an interrupted run resumes after its last epoch."""
 
+import os
 import sys
 from contextlib import suppress
 from hashlib import sha256
@@ -44,19 +45,23 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def backend() -> list[str]:
-    """Return MLX's packages with their versions, and the device.
+def backend() -> tuple[str, ...]:
+    """Return MLX's packages with their versions, the device, and what else decides its bits.
 
-    On Linux CPUs the kernels of OpenBLAS decide the bits of a result. Elsewhere the chip does.
+    On Linux CPUs the kernels of OpenBLAS decide the bits of a result. Elsewhere the chip does, and
+    on some GPUs whether products may use TF32.
     """
     packages = []
     for name in MLX_PACKAGES:
         with suppress(PackageNotFoundError):
             packages.append(f"{name} {version(name)}")
     device = mx.default_device()
-    is_linux_cpu = sys.platform == "linux" and device == mx.Device(mx.cpu)
-    chip = "" if is_linux_cpu else str(mx.device_info())
-    return [*packages, str(device), chip]
+    if sys.platform == "linux" and device == mx.Device(mx.cpu):
+        return (*packages, str(device))
+    info = mx.device_info()  # also has the free memory, which differs from run to run
+    chip = f"{info.get('device_name')} {info.get('architecture')}"
+    tf32 = f"MLX_ENABLE_TF32={os.environ.get('MLX_ENABLE_TF32', '')}"
+    return (*packages, str(device), chip, tf32)
 
 
 def imported_files() -> dict[str, Path]:

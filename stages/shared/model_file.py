@@ -10,7 +10,7 @@ import mlx.nn as nn
 import msgspec
 import numpy as np
 from mlx.utils import tree_flatten
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from stages.model import Model, ModelParams
 from stages.shared.data import Split, check_class_names
@@ -25,13 +25,15 @@ class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
     """What it takes to rebuild a model, prepare its images and name its classes.
 
     `image_shape` is (rows, columns) or (rows, columns, channels). `class_names` belong to the
-    labels 0, 1, .... `preprocessing` is the one of the training split.
+    labels 0, 1, .... `preprocessing` is the one of the training split. `backend` describes the GPU
+    that trained the model and its MLX. The file has no such entry if a CPU trained it.
     """
 
     params: ModelParams
     image_shape: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(min_length=2, max_length=3)]
     class_names: Annotated[tuple[str, ...], Meta(min_length=1, max_length=256)]
     preprocessing: str = ""
+    backend: tuple[str, ...] | UnsetType = UNSET
 
     def build(self) -> Model:
         """Return a model of this kind with random weights."""

@@ -21,11 +21,11 @@ if sys.platform == "linux":
 def explain_missing_gpu(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """Print one line if MLX's CUDA build found no driver or no GPU, else the usual traceback.
+    """Print one line if MLX's CUDA build finds no driver or no GPU, else the usual traceback.
 
     Without them `import mlx.core` fails, at the top of a stage or a tool, where no `try` is.
     """
-    if isinstance(error, ImportError) and "cuda" in str(error):
+    if isinstance(error, ImportError) and str(error).startswith(("libcuda.so", "cuda")):
         sys.stderr.write(
             f"error: MLX: {error}; the CUDA build needs an NVIDIA GPU with driver 580 or newer,"
             " also for train.device cpu; install the CPU build with `make setup GPU=`\n"

@@ -96,9 +96,10 @@ def test_missing_gpu_of_the_cuda_build_is_one_line(
     assert re.fullmatch(rf"error: MLX: {re.escape(problem)}; .*`make setup GPU=`\n", line)
 
 
-def test_other_import_error_keeps_its_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", ["import no_such_module", "from os import cuda"])
+def test_other_import_error_keeps_its_traceback(code: str, tmp_path: Path) -> None:
     (tmp_path / "mlx").mkdir()
-    (tmp_path / "mlx/core.py").write_text("import no_such_module")
+    (tmp_path / "mlx/core.py").write_text(code)
     project = Project(ROOT, {"PYTHONPATH": str(tmp_path)})
     assert "Traceback" in project.run("python", "-m", "stages.train", ok=False)
 

@@ -1,7 +1,10 @@
 """Read the pages of the documentation, and do what they show."""
 
+import ast
+import os
 import platform
 import re
+import textwrap
 from pathlib import Path
 
 from tests.conftest import ROOT, Project
@@ -11,6 +14,17 @@ DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 # On other platforms the last bits of the weights may differ, and with them the metrics.
 SAME_BITS = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+
+
+# `make docs` sets this: the tests then write what they would otherwise compare.
+IS_UPDATE = "UPDATE_DOCS" in os.environ
+
+
+def check_or_update(page: Path, text: str) -> None:
+    """Check that the page has this text. With `make docs`, write it instead."""
+    if IS_UPDATE and page.read_text() != text:
+        page.write_text(text)
+    assert page.read_text() == text
 
 
 def introduction(page: Path) -> str:
@@ -29,6 +43,36 @@ def section(page: Path, title: str) -> str:
 def blocks(text: str, language: str) -> list[str]:
     """Return the content of each code block in this language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def extract(file: str, name: str) -> str:
+    """Return the source of a function or a class without its docstring."""
+    source = (ROOT / file).read_text()
+    (node,) = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
+    ]
+    lines = source.splitlines()
+    assert node.end_lineno
+    kept = set(range(node.lineno, node.end_lineno + 1))
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner):
+            docstring = inner.body[0]
+            last = docstring.end_lineno or docstring.lineno
+            is_followed_by_empty_line = not lines[last].strip()
+            kept -= set(range(docstring.lineno, last + 1 + is_followed_by_empty_line))
+    return textwrap.dedent("".join(f"{lines[number - 1]}\n" for number in sorted(kept)))
+
+
+def with_extracts(text: str) -> str:
+    """Return the text of a page with the current code below each `<!-- extract: FILE NAME -->`."""
+
+    def replace(found: re.Match[str]) -> str:
+        return f"{found[1]}{extract(found[2], found[3])}```\n"
+
+    pattern = r"(<!-- extract: (\S+) (\S+) -->\n+```python\n)(?:.*?\n)??```\n"
+    return re.sub(pattern, replace, text, flags=re.DOTALL)
 
 
 def check_states(text: str, *parts: str) -> None:

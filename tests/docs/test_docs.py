@@ -24,7 +24,17 @@ from stages.shared.model_file import load_model
 from stages.shared.params import read_params
 from stages.train import TrainParams
 from tests.conftest import ROOT, Project, clone, commit, stale
-from tests.docs.pages import DOCS, PAGES, README, blocks, check_consoles, check_states, section
+from tests.docs.pages import (
+    DOCS,
+    PAGES,
+    README,
+    blocks,
+    check_consoles,
+    check_or_update,
+    check_states,
+    section,
+    with_extracts,
+)
 from tests.test_significance import DIFFERENCE, detected
 from tools.page import mlp_layers
 
@@ -251,6 +261,11 @@ def links(page: Path) -> list[tuple[Path, str]]:
     text = re.sub("```.*?```", "", page.read_text(), flags=re.DOTALL)
     found = re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text)
     return [((page.parent / file).resolve() if file else page, anchor) for file, anchor in found]
+
+
+@by_name
+def test_extracted_code_is_that_of_the_files(page: Path) -> None:
+    check_or_update(page, with_extracts(page.read_text()))
 
 
 @by_name

@@ -41,6 +41,7 @@ INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bi
 TOUCH = @touch $@; for file in $^; do if [ "$$file" -nt $@ ]; then touch -r "$$file" $@; fi; done
 
 setup: .venv/installed
+	@$(IN_VENV) python -m tools.verify
 
 # DVC trusts files that it has written before, so they are checked first.
 repro: .venv/installed

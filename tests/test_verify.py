@@ -255,6 +255,7 @@ def test_outputs_of_a_stage_in_another_folder(
     [
         ("rm -r .git", r"\.git: .*`git init`"),
         ("mv data elsewhere; ln -s elsewhere data", r"data: is a link.*`dvc cache dir --local .*`"),
+        ("rm -rf .dvc/site_cache; touch .dvc/site_cache", r"\.dvc/site_cache: .*`rm \S+`"),
         ("rm -r .dvc/tmp; touch .dvc/tmp", r"\.dvc/tmp: .*not a folder; run `rm \.dvc/tmp`"),
         ("echo > dvc.yaml", r"dvc\.yaml: .*stages.*`git checkout dvc\.yaml`"),
         (r"printf 'train:\n\tseed: 0\n' > params.yaml", r"params\.yaml: line 2: .+"),
@@ -270,6 +271,59 @@ def test_mistake_that_stops_dvc_is_one_line(mistake: str, message: str, finished
     with pytest.raises(UserError) as error:
         verify.main()
     assert re.fullmatch(message, str(error.value))
+
+
+def databases(project: Project, folder: str = ".") -> Path:
+    """Return where DVC keeps its databases, as it says in a folder of the project."""
+    doctor = 'cd "$1" && dvc doctor'
+    printed = project.with_variables(DVC_SITE_CACHE_DIR="").run("sh", "-c", doctor, "sh", folder)
+    (path,) = re.findall("^Repo.site_cache_dir: (.*)$", printed, re.MULTILINE)
+    return Path(path)
+
+
+def test_databases_of_dvc_stay_in_the_project(
+    finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify.main()
+    before = databases(finished)
+    assert before.is_relative_to(finished.root)
+    assert databases(finished, "docs") == before
+    moved = Project(tmp_path / "a [b] %c $HOME 'd", {})
+    shutil.move(finished.root, moved.root)
+    finished.root.mkdir()  # for the fixture to remove
+    monkeypatch.chdir(moved.root)
+    verify.main()
+    assert databases(moved).is_relative_to(moved.root)
+    moved.run("dvc", "config", "--local", "core.site_cache_dir", str(tmp_path / "own"))
+    verify.main()
+    assert databases(moved).is_relative_to(tmp_path / "own")
+
+
+def test_databases_that_others_could_write_are_not_used(finished: Project) -> None:
+    """DVC creates their folder with all permissions, and it unpickles what it finds there."""
+    planted = finished.root / ".dvc/site_cache/repo/planted"
+    planted.mkdir(parents=True, exist_ok=True)
+    planted.parent.chmod(0o777)
+    verify.main()
+    assert not planted.exists()
+    databases(finished)
+    for folder in (planted.parent, *planted.parent.rglob("*")):
+        assert folder.stat().st_mode & 0o022 == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database", None])
+def test_damaged_databases_are_removed(
+    content: bytes | None, finished: Project, output_of_verify: Verify
+) -> None:
+    output_of_verify()  # removes those of other users
+    assert finished.repro() == []
+    damaged = sorted(Path(".dvc/site_cache").rglob("*.db"))
+    assert damaged
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:2000] if content is None else content)
+    printed = output_of_verify()
+    assert printed == repaired(*damaged) if content != b"" else ALL_INTACT.fullmatch(printed)
+    assert finished.repro() == []
 
 
 def test_cache_may_be_in_another_folder(finished: Project, output_of_verify: Verify) -> None:

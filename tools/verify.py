@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ LOCK_FILE = Path(f"{RWLOCK}.lock")
 # The name of a file that DVC (dvc-objects 5) has not finished to write: a random token.
 DVC_TEMPORARY = re.compile(r"\.[0-9A-Za-z_-]{22}\.tmp")
 CHECKPOINT = Path("data/checkpoint.safetensors")
+SITE_CACHE = Path(".dvc/site_cache")  # DVC's databases: digests of files, links, an index
+DATABASES = SITE_CACHE / "repo"
 
 
 def check_setup() -> None:
@@ -49,7 +52,7 @@ def check_setup() -> None:
         if path.is_symlink():
             remedy = "put a folder there; to use another disk, run `dvc cache dir --local FOLDER`"
             raise UserError(f"{path}: is a link, which DVC does not follow; {remedy}")
-    for path in (RWLOCK.parent, Path(".dvc/cache")):
+    for path in (RWLOCK.parent, Path(".dvc/cache"), SITE_CACHE):
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"{path}: is not a folder; run `rm {path}`")
     if not defined_stages():
@@ -137,6 +140,47 @@ def repair_rwlock() -> Iterator[str]:
     if os.path.lexists(RWLOCK) and (read_rwlock() is None or blocks):
         remove(RWLOCK)
         yield str(RWLOCK)
+
+
+def protect_site_cache(config: Config) -> None:
+    """Let DVC keep its databases inside the project, where other users cannot write.
+
+    DVC's default is /var/tmp/dvc, where every user can write, and DVC unpickles what it finds. The
+    path in DVC's config must be absolute, so it is renewed after the project has moved. A folder
+    that the user has chosen stays.
+    """
+    path, configured = SITE_CACHE.absolute(), config["core"].get("site_cache_dir")
+    if not configured or (
+        configured != str(path) and Path(configured).parts[-2:] == SITE_CACHE.parts
+    ):
+        with config.edit("local") as local:
+            local.setdefault("core", {})["site_cache_dir"] = str(path)
+    allowed = Path(".dvc").stat().st_mode & 0o777
+    for folder in (DATABASES, SITE_CACHE):
+        if folder.exists() and folder.stat().st_mode & 0o777 & ~allowed:  # as DVC creates it
+            shutil.rmtree(folder)
+    for folder in (SITE_CACHE, DATABASES):
+        folder.mkdir(allowed, exist_ok=True)
+
+
+def repair_databases() -> Iterator[str]:
+    """Remove the damaged databases of DVC. DVC builds them again."""
+    for path in sorted(DATABASES.rglob("*.db")):
+        if not is_intact_database(path):
+            for file in path.parent.glob(f"{path.name}*"):  # SQLite's -wal and -shm, too
+                remove(file)
+            yield str(path)
+
+
+def is_intact_database(path: Path) -> bool:
+    """Return whether `path` is a file that SQLite can read."""
+    if not path.is_file():  # a pipe would block
+        return False
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            return database.execute("PRAGMA quick_check").fetchone() == ("ok",)
+    except sqlite3.DatabaseError:
+        return False
 
 
 def decode_lock(data: bytes) -> Any:
@@ -323,7 +367,9 @@ def main(disk_space: bool = False) -> None:
         hardlink = config["core"].get("hardlink_lock", False)
         with make_lock(str(LOCK_FILE), tmp_dir=str(RWLOCK.parent), hardlink_lock=hardlink):
             check_idle()
+            protect_site_cache(config)
             repaired = [
+                *repair_databases(),
                 *repair_rwlock(),
                 *repair_lock(),
                 *remove_leftovers(),

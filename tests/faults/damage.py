@@ -67,7 +67,8 @@ def all_damages(project: Project) -> Iterator[Damage]:
                 yield Damage(file, kind, "cache only")
     downloads = sorted((project.root / DOWNLOADS).glob("*/*"))
     others = [*EDITABLE, "dvc.lock", CHECKPOINT, RUN_CACHE]
-    others += [str(path.relative_to(project.root)) for path in downloads]
+    databases = sorted((project.root / ".dvc/site_cache").rglob("*.db"))
+    others += [str(path.relative_to(project.root)) for path in (*downloads, *databases)]
     for file in others:
         for kind in KINDS:
             yield Damage(file, kind, "workspace")

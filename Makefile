@@ -53,7 +53,7 @@ page: repro
 	.venv/bin/python -m tools.page
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2 --dist worksteal
+	PYTHONUTF8=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/lint-installed
 	.venv/bin/ruff check

@@ -134,7 +134,9 @@ def read_limited(stream: Any) -> bytearray:
 def run_npm(command: str, package: str, folder: str) -> None:
     """Run an npm command in `folder`. Raises `SourceError` if it fails."""
     npm = ["npm", command, package, "--ignore-scripts", "--fetch-retries=0"]
-    result = subprocess.run(npm, cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(
+        npm, cwd=folder, capture_output=True, encoding="utf-8", errors="replace"
+    )
     if result.returncode:
         raise SourceError(f"npm {command} failed ({' '.join(result.stderr.split()):.200})")
 

@@ -4,14 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from errno import EACCES, EBADF, ENOMEM, ENOSPC
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from stages.shared.cli import run
+from stages.shared.data import save_split
 from stages.shared.errors import UserError
-from tests.conftest import ROOT, Project
+from tests.conftest import ROOT, SMALL, Project
 
 
 def run_main_that_raises(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,3 +120,33 @@ def test_standard_streams_may_be_closed(finished: Project) -> None:
     assert finished.results() == before
     line = finished.run("sh", "-c", "python -m tools.predict - <&-", ok=False)
     assert re.fullmatch("error: -: .*\n", line)
+
+
+# LC_ALL=C alone would make Python 3.7 and newer use UTF-8.
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_every_locale_gives_the_same_files(finished: Project) -> None:
+    for name, split in SMALL.items():
+        classes = ("\u00e9", "\u732b", "c")
+        save_split(finished.root / f"data/{name}.npz", replace(split, class_names=classes))
+        finished.run("dvc", "add", "--quiet", f"data/{name}.npz")
+    with_utf8, with_ascii = (
+        finished.with_variables(PYTHONUTF8="1"),
+        finished.with_variables(**ASCII),
+    )
+    with_utf8.repro()
+    finished.run("git", "commit", "--quiet", "--all", "--message=Gr\u00fc\u00dfe")
+    results = finished.results()
+    assert "\u732b".encode() in finished.read("metrics/confusion.csv")
+    with_ascii.run("dvc", "repro", "--force")
+    assert finished.results() == results
+    Image.fromarray(SMALL["test"].images[0]).save(finished.root / "\u732b.png")
+    for line in (
+        "dvc plots diff --targets metrics/confusion.csv",
+        "python -m tools.compare",
+        "python -m tools.verify",
+        "python -m tools.provenance data/model.safetensors",
+    ):
+        with_ascii.run(*line.split())
+    assert r"\u732b" in with_ascii.run("python", "-m", "tools.predict", "\u732b.png")

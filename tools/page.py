@@ -70,7 +70,7 @@ def make_page(path: Path, model: nn.Module, metadata: Metadata) -> str:
         "layers": [[encode(weight), encode(bias)] for weight, bias in layers],
     }
     text = json.dumps(values).replace("<", r"\u003c")  # a class may be named </script>
-    return TEMPLATE.read_text().replace('"MODEL"', text)
+    return TEMPLATE.read_text(encoding="utf-8").replace('"MODEL"', text)
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ from stages.shared.errors import UserError, escape
 def git(*arguments: str) -> str:
     """Return the output of a Git command. Raise `UserError` if it fails."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, encoding="utf-8", errors="surrogateescape"
+        )
     except FileNotFoundError:
         raise UserError("git: not found; install Git") from None
     if done.returncode:

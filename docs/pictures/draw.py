@@ -226,7 +226,7 @@ def draw_distorted(train: Split) -> bytes:
 
 def with_graph(page: str) -> str:
     """Return the text of a page with the present graph of the stages."""
-    graph = subprocess.check_output([sys.executable, "-m", "dvc", "dag", "--md"], text=True)
+    graph = subprocess.check_output([sys.executable, "-m", "dvc", "dag", "--md"], encoding="utf-8")
     return re.sub("```mermaid\n.*?```", lambda _: graph.strip(), page, flags=re.DOTALL)
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from errno import EACCES, EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EPERM, EROFS
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 
 from stages.shared.errors import UserError, escape
@@ -37,10 +38,15 @@ def run(main: Callable[..., None], parser: argparse.ArgumentParser | None = None
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null in place of standard streams that are closed, as some services have them."""
+    """Open /dev/null in place of standard streams that are closed, as some services have them.
+
+    Standard output escapes a character that the locale's encoding does not have.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):  # not a StringIO of contextlib.redirect_stdout
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def error_line(main: Callable[[], None]) -> str | None:

@@ -56,7 +56,7 @@ def common_kernels() -> str:
     """Return OpenBLAS's name for the kernels that all CPUs of this kind can run, "" for any."""
     if os.uname().machine == "aarch64":
         return "ARMV8"
-    if {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
+    if {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split()):
         return "Haswell"
     return ""
 

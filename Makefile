@@ -32,10 +32,16 @@ endif
 REQUIREMENTS := requirements$(CHOSEN_GPU:%=-%).txt
 # No bytecode: on a full disk Python would write a truncated file, and fail at it later.
 IN_VENV := PYTHONDONTWRITEBYTECODE=1 PATH="$$PWD/.venv/bin:$$PATH"
+# uv ignores pip's settings, such as a company's index. Where pip has some, it installs everything.
+PIP_INSTALL := -m pip install --no-user --quiet --disable-pip-version-check --require-hashes
 # Bytecode is compiled here. Where PYTHONDONTWRITEBYTECODE is set, as in many containers, each dvc
 # command would compile it again, which takes 0.6 s.
-INSTALL := .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python \
-	--require-hashes
+INSTALL := install() { \
+	if .venv/bin/python -m pip config list | \
+	grep -E '(index|url|links|proxy|cert|host)=..{2}' > /dev/null; \
+	then .venv/bin/python $(PIP_INSTALL) "$$@"; \
+	else .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python \
+	--require-hashes "$$@"; fi; }; install
 
 # A time in the future, of a file from another machine, must not install the packages at each call.
 TOUCH = @touch $@; for file in $^; do if [ "$$file" -nt $@ ]; then touch -r "$$file" $@; fi; done
@@ -89,23 +95,27 @@ LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy f
 		exit 1; }
 	@case "$$("$(PYTHON)" -c 'import platform as p; print(p.system(), p.machine())')" in \
 		"Linux x86_64" | "Linux aarch64" | "Darwin arm64") ;; \
-		*) echo >&2 "error: MLX has no package for this machine, only for Linux on x86-64 and" \
-		"arm64 and for macOS on Apple silicon (with an arm64 Python)"; exit 1 ;; esac
+		*) echo >&2 "error: this project does not run on this machine, only on Linux on x86-64 and" \
+		"arm64 and on macOS on Apple silicon (with an arm64 Python); on Windows use WSL 2 with" \
+		"Ubuntu 22.04 or newer"; exit 1 ;; esac
+	@case "$$PWD" in *[:\"\$$\`\\]*) \
+		printf >&2 'error: %s: Python cannot work in a folder with %s in its name; rename it\n' \
+		"$$PWD" ": \" \$$ \` or \\"; exit 1 ;; esac
 	@echo "Installing the packages of $(REQUIREMENTS) into .venv"
 	@rm -f $@  # so that a run that is interrupted here is not taken for a finished one
 	"$(PYTHON)" -m venv --clear .venv; status=$$?; echo "$(CHOSEN_GPU)" > .venv/gpu; exit $$status
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/uv.txt
-	$(INSTALL) -r $(REQUIREMENTS)
+	.venv/bin/python $(PIP_INSTALL) -r .ci/uv.txt
+	@$(INSTALL) -r $(REQUIREMENTS)
 	.venv/bin/python -m tools.openblas
 	.venv/bin/python -c "import vl_convert as vl; print(vl.javascript_bundle(vl_version='5.21'))" \
 		> .venv/vega.js  # for .dvc/plots.html
 	$(TOUCH)
 
 .venv/lint-installed: .ci/requirements.txt .venv/installed
-	$(INSTALL) -r .ci/requirements.txt
+	@$(INSTALL) -r .ci/requirements.txt
 	$(TOUCH)
 
 .venv/bench/installed: bench/requirements.txt .venv/installed
 	.venv/bin/python -m venv --clear .venv/bench
-	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	.venv/bench/bin/python $(PIP_INSTALL) -r $<
 	$(TOUCH)

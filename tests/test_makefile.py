@@ -2,11 +2,24 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Project
+from tests.conftest import ROOT, Project, clone
+
+
+def make_rule(folder: Path, recipe: str) -> None:
+    """Write a Makefile with a target `rule` that uses the variables of ours."""
+    (folder / "rules.mk").write_text(f"include {ROOT}/Makefile\nrule:\n\t{recipe}\n")
+
+
+def write_script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
 
 
 def test_time_in_the_future_does_not_install_at_each_call(tmp_path: Path) -> None:
@@ -27,8 +40,8 @@ def test_folder_name_is_not_executed(tmp_path: Path) -> None:
     """A shell would run what is in $(...) or backquotes."""
     folder = tmp_path / 'a $(touch one) `touch two`; "b'
     folder.mkdir()
-    (folder / "rules.mk").write_text(f"include {ROOT}/Makefile\nshow:\n\t@$(IN_VENV) env\n")
-    printed = Project(folder, {}).run("make", "-f", "rules.mk", "show")
+    make_rule(folder, "@$(IN_VENV) env")
+    printed = Project(folder, {}).run("make", "-f", "rules.mk", "rule")
     assert f"PATH={folder}/.venv/bin:" in printed
     assert sorted(path.name for path in folder.iterdir()) == ["rules.mk"]
 
@@ -124,3 +137,56 @@ def test_unknown_build_is_one_line(value: str, fake: Project) -> None:
     line = fake.run("make", "setup", f"GPU={value}", ok=False)
     assert re.fullmatch(rf".*GPU is {value}, .*`make setup GPU=`.*\n", line)
     assert not (fake.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("character", list(':"$`\\'))
+def test_folder_name_that_python_cannot_use_is_one_line(character: str, tmp_path: Path) -> None:
+    """Their shells would read such a character in the scripts of .venv."""
+    project = clone(tmp_path / f"a{character}b")
+    printed = project.run("make", f"PYTHON={sys.executable}", "repro", ok=False)
+    (line,) = re.findall("^error: .*$", printed, re.MULTILINE)
+    assert str(project.root) in line
+    assert not (project.root / ".venv").exists()
+
+
+INDEX = "https://index.test/"
+
+
+@pytest.mark.parametrize(
+    ("settings", "installer"),
+    [
+        ({"PIP_CONFIG_FILE": os.devnull}, "uv"),
+        ({"PIP_CONFIG_FILE": os.devnull, "PIP_USER": "1"}, "uv"),
+        ({"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": INDEX}, "pip"),
+        ({"PIP_CONFIG_FILE": "pip.conf"}, "pip"),
+    ],
+)
+def test_pip_installs_if_its_settings_name_a_source(
+    settings: dict[str, str], installer: str, tmp_path: Path
+) -> None:
+    """uv does not read pip's settings, such as the index of a company."""
+    write_script(tmp_path / ".venv/bin/uv", "echo uv")
+    run_pip = f'[ "$3" = install ] && echo pip || {sys.executable} "$@"'
+    write_script(tmp_path / ".venv/bin/python", run_pip)
+    make_rule(tmp_path, "@$(INSTALL) -r requirements.txt")
+    (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = {INDEX}\n")
+    empty = {name: "" for name in os.environ if name.startswith("PIP_")}
+    project = Project(tmp_path, {**empty, **settings})
+    assert project.run("make", "-f", "rules.mk", "rule") == f"{installer}\n"
+
+
+def test_pip_installs_into_the_environment(tmp_path: Path) -> None:
+    """PIP_USER=1 would install into the home folder, and pip refuses that in an environment."""
+    (tmp_path / "none.txt").touch()
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    make_rule(tmp_path, f"@{venv}/bin/python $(PIP_INSTALL) --no-index -r none.txt")
+    Project(tmp_path, {"PIP_USER": "1"}).run("make", "-f", "rules.mk", "rule")
+
+
+def test_makefile_is_for_make_3_81() -> None:
+    """macOS has this version. It ignores or misreads what is newer."""
+    newer = re.compile(r"^\.ONESHELL|^\w+ *!=|::=|\$\(file |^undefine|--eval|&:", re.MULTILINE)
+    assert not newer.search((ROOT / "Makefile").read_text())
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert path == Path(__file__) or "--eval" not in path.read_text()

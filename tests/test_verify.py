@@ -288,7 +288,7 @@ def test_databases_of_dvc_stay_in_the_project(
     before = databases(finished)
     assert before.is_relative_to(finished.root)
     assert databases(finished, "docs") == before
-    moved = Project(tmp_path / "a [b] %c $HOME 'd", {})
+    moved = Project(tmp_path / "a [b] %c, #é $HOME 'd", {})
     shutil.move(finished.root, moved.root)
     finished.root.mkdir()  # for the fixture to remove
     monkeypatch.chdir(moved.root)

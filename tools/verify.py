@@ -10,6 +10,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import chain
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import psutil
+from configobj import ConfigObj
 from dvc.config import Config, ConfigError
 from dvc.lock import LockError, make_lock
 from dvc.rwlock import SCHEMA as RWLOCK_SCHEMA
@@ -29,6 +31,7 @@ from voluptuous import Invalid, Schema
 from stages.shared.cli import argument_parser, run
 from stages.shared.dvc_lock import LOCK, digest, parse_lock, stages_of
 from stages.shared.errors import UserError, escape
+from stages.shared.files import atomic_write
 from stages.shared.params import read_sections
 from tools.provenance import git
 
@@ -37,6 +40,7 @@ LOCK_FILE = Path(f"{RWLOCK}.lock")
 # The name of a file that DVC (dvc-objects 5) has not finished to write: a random token.
 DVC_TEMPORARY = re.compile(r"\.[0-9A-Za-z_-]{22}\.tmp")
 CHECKPOINT = Path("data/checkpoint.safetensors")
+LOCAL_CONFIG = Path(".dvc/config.local")  # not in Git
 SITE_CACHE = Path(".dvc/site_cache")  # DVC's databases: digests of files, links, an index
 DATABASES = SITE_CACHE / "repo"
 
@@ -44,7 +48,7 @@ DATABASES = SITE_CACHE / "repo"
 def check_setup() -> None:
     """Raise `UserError` if DVC cannot work here. DVC's own messages name no remedy."""
     git("rev-parse", "--git-dir")  # raises UserError with what Git says
-    for path in map(Path, ("params.yaml", "dvc.yaml", ".dvc/config", ".dvc/config.local")):
+    for path in (Path("params.yaml"), Path("dvc.yaml"), Path(".dvc/config"), LOCAL_CONFIG):
         if os.path.lexists(path) and not path.is_file():
             remedy = f"run `rm -r {path}` and `git checkout {path}`"
             raise UserError(f"{path}: is not a regular file; {remedy}")
@@ -153,8 +157,11 @@ def protect_site_cache(config: Config) -> None:
     if not configured or (
         configured != str(path) and Path(configured).parts[-2:] == SITE_CACHE.parts
     ):
-        with config.edit("local") as local:
-            local.setdefault("core", {})["site_cache_dir"] = str(path)
+        # DVC's own writer needs ASCII, and its reader uses the encoding of the locale.
+        local = ConfigObj(str(LOCAL_CONFIG), encoding=sys.getfilesystemencoding())
+        local.setdefault("core", {})["site_cache_dir"] = str(path)
+        with atomic_write(LOCAL_CONFIG) as file:
+            local.write(file)
     allowed = Path(".dvc").stat().st_mode & 0o777
     for folder in (DATABASES, SITE_CACHE):
         if folder.exists() and folder.stat().st_mode & 0o777 & ~allowed:  # as DVC creates it

@@ -64,7 +64,8 @@ test: .venv/installed
 lint: .venv/lint-installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/mypy
+	.venv/bin/mypy --platform linux
+	.venv/bin/mypy --platform darwin
 
 pictures: repro
 	PYTHONPATH=. .venv/bin/python docs/pictures/draw.py

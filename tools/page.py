@@ -74,6 +74,7 @@ def make_page(path: Path, model: nn.Module, metadata: Metadata) -> str:
 
 
 def main() -> None:
+    mx.set_default_device(mx.cpu)  # a GPU may round products, and `mlp_layers` compares them
     page = make_page(MODEL, *load_model(MODEL))
     with atomic_write(PAGE) as file:
         file.write(page.encode())

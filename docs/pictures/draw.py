@@ -266,6 +266,7 @@ def draw(name: str) -> bytes:
 
 
 def main() -> None:
+    mx.set_default_device(mx.cpu)  # the same pictures everywhere
     files = {f"docs/pictures/{name}": draw(name) for name in PICTURES}
     files[PAGE] = with_graph(read_bytes(PAGE).decode()).encode()
     for path, data in files.items():

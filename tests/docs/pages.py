@@ -2,18 +2,15 @@
 
 import ast
 import os
-import platform
 import re
 import textwrap
 from pathlib import Path
 
-from tests.conftest import ROOT, Project
+from tests.conftest import ROOT, SAME_BITS, Project
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
-# On other platforms the last bits of the weights may differ, and with them the metrics.
-SAME_BITS = (platform.system(), platform.machine()) == ("Linux", "x86_64")
 
 
 # `make docs` sets this: the tests then write what they would otherwise compare.

@@ -14,6 +14,9 @@ help:
 	@echo "make bench     time training against PyTorch, JAX and plain MLX, and time the pipeline"
 	@echo "make lock      update the locked package versions from pyproject.toml"
 
+# Otherwise `python -m stages.train` would not find the folder of the project.
+export PYTHONSAFEPATH :=
+
 # The Python versions that the locked packages have wheels for.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -30,8 +33,9 @@ ifneq ($(CHOSEN_GPU),$(INSTALLED_GPU))
 .PHONY: .venv/installed
 endif
 REQUIREMENTS := requirements$(CHOSEN_GPU:%=-%).txt
-# No bytecode: on a full disk Python would write a truncated file, and fail at it later.
-IN_VENV := PYTHONDONTWRITEBYTECODE=1 PATH="$$PWD/.venv/bin:$$PATH"
+# No bytecode: on a full disk Python would write a truncated file, and fail at it later. DVC runs
+# commands with SHELL, which is /usr/sbin/nologin in some service accounts.
+IN_VENV := PYTHONDONTWRITEBYTECODE=1 SHELL=/bin/sh PATH="$$PWD/.venv/bin:$$PATH"
 # uv ignores pip's settings, such as a company's index. Where pip has some, it installs everything.
 PIP_INSTALL := -m pip install --no-user --quiet --disable-pip-version-check --require-hashes
 # Bytecode is compiled here. Where PYTHONDONTWRITEBYTECODE is set, as in many containers, each dvc
@@ -111,6 +115,10 @@ LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy f
 	.venv/bin/python -c "import vl_convert as vl; print(vl.javascript_bundle(vl_version='5.21'))" \
 		> .venv/vega.js  # for .dvc/plots.html
 	$(TOUCH)
+
+.ci/%.txt:
+	@echo >&2 "error: $@: not found; copy the hidden files, too: cp -r PROJECT/. COPY, or git clone"
+	@exit 1
 
 .venv/lint-installed: .ci/requirements.txt .venv/installed
 	@$(INSTALL) -r .ci/requirements.txt

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,14 @@ def test_unknown_build_is_one_line(value: str, fake: Project) -> None:
     assert not (fake.root / ".venv").exists()
 
 
+def test_copy_without_hidden_files_is_one_line(tmp_path: Path) -> None:
+    project = clone(tmp_path)
+    for hidden in (".ci", ".dvc"):
+        shutil.rmtree(tmp_path / hidden)
+    printed = project.run("make", "repro", ok=False)
+    assert re.search(r"^error: \.ci/uv\.txt: not found; .*hidden", printed, re.MULTILINE)
+
+
 @pytest.mark.parametrize("character", list(':"$`\\'))
 def test_folder_name_that_python_cannot_use_is_one_line(character: str, tmp_path: Path) -> None:
     """Their shells would read such a character in the scripts of .venv."""
@@ -190,3 +199,13 @@ def test_makefile_is_for_make_3_81() -> None:
     assert not newer.search((ROOT / "Makefile").read_text())
     for path in (ROOT / "tests").rglob("*.py"):
         assert path == Path(__file__) or "--eval" not in path.read_text()
+
+
+def test_scripts_are_for_bash_3_2() -> None:
+    """macOS has this version."""
+    newer = re.compile(
+        r"declare -[Ang]|local -n|mapfile|readarray|coproc|wait -n|\|&|&>>|;;?&\s|\$\{\w+(\^|,|@)"
+    )
+    for script in (ROOT / ".ci/run", ROOT / ".ci/compare"):
+        assert not newer.search(script.read_text())
+        subprocess.run(["bash", "-n", script], check=True)

@@ -114,7 +114,9 @@ def test_dvc_ignores_the_same_files(finished: Project) -> None:
         (folder / "ant" / name).touch()
     assert digest(folder).encode() in before
     assert "up to date" in finished.run("dvc", "status")
-    assert set(IGNORED_NAMES) <= set((ROOT / ".dvcignore").read_text().splitlines())
+    for file in (".dvcignore", ".gitignore"):
+        lines = (ROOT / file).read_text().splitlines()
+        assert set(IGNORED_NAMES) <= {line.rstrip("/") for line in lines}
 
 
 def test_class_without_enough_pictures_is_noted(

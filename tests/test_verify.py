@@ -15,7 +15,7 @@ from stages.shared.dvc_lock import LOCK
 from stages.shared.errors import UserError
 from tests.conftest import Project, commit
 from tests.faults import disk
-from tests.faults.damage import cached_path
+from tests.faults.damage import cached_path, make_repro
 from tools import verify
 from tools.verify import CHECKPOINT, RWLOCK
 
@@ -254,6 +254,7 @@ def test_outputs_of_a_stage_in_another_folder(
     ("mistake", "message"),
     [
         ("rm -r .git", r"\.git: .*`git init`"),
+        ("rm -r .dvc", r"\.dvc: not found; .*hidden.*`git checkout \.dvc`"),
         ("mv data elsewhere; ln -s elsewhere data", r"data: is a link.*`dvc cache dir --local .*`"),
         ("rm -rf .dvc/site_cache; touch .dvc/site_cache", r"\.dvc/site_cache: .*`rm \S+`"),
         ("rm -r .dvc/tmp; touch .dvc/tmp", r"\.dvc/tmp: .*not a folder; run `rm \.dvc/tmp`"),
@@ -323,6 +324,25 @@ def test_damaged_databases_are_removed(
         path.write_bytes(path.read_bytes()[:2000] if content is None else content)
     printed = output_of_verify()
     assert printed == repaired(*damaged) if content != b"" else ALL_INTACT.fullmatch(printed)
+    assert finished.repro() == []
+
+
+def test_git_says_why_it_fails(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # as in a clone of another user
+    with pytest.raises(UserError, match=rf"^\.git: .*safe\.directory {finished.root}$"):
+        verify.main()
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    with pytest.raises(UserError, match=r"^\.git: .*'/nowhere'; unset GIT_DIR$"):
+        verify.main()
+
+
+@pytest.mark.parametrize(
+    "variables", [{"SHELL": "/usr/sbin/nologin"}, {"SHELL": "/bin/false"}, {"PYTHONSAFEPATH": "1"}]
+)
+def test_make_repro_works_in_any_environment(variables: dict[str, str], finished: Project) -> None:
+    finished.set(seed=1)
+    printed = make_repro(finished.with_variables(**variables))
+    assert "Running stage 'train'" in printed
     assert finished.repro() == []
 
 

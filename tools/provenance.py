@@ -3,6 +3,7 @@
 The file is an output of the pipeline, or a copy of one under any name.
 """
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,10 @@ def git(*arguments: str) -> str:
         raise UserError("git: not found; install Git") from None
     if done.returncode:
         problem = " ".join(done.stderr.split())
-        raise UserError(f".git: {problem:.200}; run in a clone, or `git init`")
+        remedy = "unset GIT_DIR" if "GIT_DIR" in os.environ else "run in a clone, or `git init`"
+        if "safe.directory" in problem:  # of another user; Git itself names the remedy
+            raise UserError(f".git: {problem:.600}")
+        raise UserError(f".git: {problem:.200}; {remedy}")
     return done.stdout
 
 

@@ -48,6 +48,8 @@ DATABASES = SITE_CACHE / "repo"
 def check_setup() -> None:
     """Raise `UserError` if DVC cannot work here. DVC's own messages name no remedy."""
     git("rev-parse", "--git-dir")  # raises UserError with what Git says
+    if not Path(".dvc").is_dir():
+        raise UserError(".dvc: not found; copy the hidden files, too, or run `git checkout .dvc`")
     for path in (Path("params.yaml"), Path("dvc.yaml"), Path(".dvc/config"), LOCAL_CONFIG):
         if os.path.lexists(path) and not path.is_file():
             remedy = f"run `rm -r {path}` and `git checkout {path}`"

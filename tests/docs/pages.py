@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -90,6 +91,17 @@ def line_pattern(line: str) -> str:
     return pattern if SAME_BITS else re.sub(r"\d+(\\\.\d+)?", r"[\\d.]+", pattern)
 
 
+def pasted(command: str) -> tuple[str, ...]:
+    """Return what runs a command as if it was pasted into zsh, the shell of macOS, or into bash.
+
+    An interactive zsh takes "#" for a word, and a pattern without a match for an error.
+    """
+    if shutil.which("zsh"):
+        paste = 'printf "%s\\n" "$1" | PS1= zsh -f -i +o prompt_sp'
+        return "sh", "-c", paste, "sh", command
+    return "bash", "-c", command
+
+
 def check_consoles(project: Project, text: str) -> None:
     """Run the commands of the `console` blocks. Check that each prints the lines below it.
 
@@ -102,7 +114,7 @@ def check_consoles(project: Project, text: str) -> None:
     for command, output in commands:
         if command == "source .venv/bin/activate":
             continue  # done for all commands
-        printed, shown = visible_lines(project.run("bash", "-c", command)), visible_lines(output)
+        printed, shown = visible_lines(project.run(*pasted(command))), visible_lines(output)
         for line in shown:
             pattern = line_pattern(line)
             assert line == "..." or any(re.fullmatch(pattern, other) for other in printed), (

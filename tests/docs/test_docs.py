@@ -32,6 +32,7 @@ from tests.docs.pages import (
     check_consoles,
     check_or_update,
     check_states,
+    pasted,
     section,
     with_extracts,
 )
@@ -327,3 +328,15 @@ def test_missing_python_is_one_line(python: str, tmp_path: Path) -> None:
     printed = project.run("make", "repro", f"PYTHON={python}", ok=False)
     assert re.search(r"^error: no Python 3\.11 to 3\.14.*; install one \(apt .*brew", printed, re.M)
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="this needs zsh")
+def test_consoles_are_pasted_into_zsh() -> None:
+    """The default shell of macOS does not take "#" for a comment."""
+    project = Project(ROOT, {})
+    assert project.run(*pasted("printf '%s ' a # b")) == "a # b "
+    check_consoles(project, "```console\n$ echo '[a]*' $((1 + 2))\n[a]* 3\n```\n")
+    with pytest.raises(AssertionError):
+        check_consoles(project, "```console\n$ echo a # b\na\n```\n")
+    with pytest.raises(AssertionError):
+        check_consoles(project, "```console\n$ ls [\n```\n")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT, Project, clone
 
@@ -209,3 +210,14 @@ def test_scripts_are_for_bash_3_2() -> None:
     for script in (ROOT / ".ci/run", ROOT / ".ci/compare"):
         assert not newer.search(script.read_text())
         subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_ci_runs_every_platform_with_the_oldest_and_newest_python() -> None:
+    (oldest, newest) = re.findall(r"\(3, (\d+)\)", (ROOT / "Makefile").read_text())
+    pythons = {f"3.{oldest}", f"3.{int(newest) - 1}"}
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    jobs = workflow["jobs"]["ci"]["strategy"]["matrix"]["include"]
+    for platform in ("macos", r"ubuntu(?!.*arm)", r"ubuntu.*arm"):
+        matching = [job["python"] for job in jobs if re.match(platform, job["os"])]
+        assert matching
+        assert pythons == set(matching) or "arm" in platform

@@ -173,8 +173,10 @@ def test_core_use_counts_the_cores_of_this_process(tmp_path: Path) -> None:
     """Neither idle time nor that of niced processes, which give way."""
     stat = tmp_path / "stat"
     stat.write_text(STAT)
-    ticks = openblas_stage.read_core_use({"cpu0", "cpu2"}, stat).total * os.sysconf("SC_CLK_TCK")
-    assert round(ticks) == 100 + 400 + 2 * (20 + 3 + 4 + 5)
+    use = openblas_stage.read_core_use({"cpu0", "cpu2"}, stat)
+    assert use
+    assert round(use.total * os.sysconf("SC_CLK_TCK")) == 100 + 400 + 2 * (20 + 3 + 4 + 5)
+    assert openblas_stage.read_core_use({"cpu0"}, tmp_path / "missing") is None
 
 
 @pytest.mark.parametrize(

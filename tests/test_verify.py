@@ -293,7 +293,9 @@ def test_databases_of_dvc_stay_in_the_project(
     shutil.move(finished.root, moved.root)
     finished.root.mkdir()  # for the fixture to remove
     monkeypatch.chdir(moved.root)
+    verify.LOCAL_CONFIG.chmod(0o600)
     verify.main()
+    assert verify.LOCAL_CONFIG.stat().st_mode & 0o777 == 0o600
     assert databases(moved).is_relative_to(moved.root)
     moved.run("dvc", "config", "--local", "core.site_cache_dir", str(tmp_path / "own"))
     verify.main()

@@ -163,6 +163,8 @@ def protect_site_cache(config: Config) -> None:
         local = ConfigObj(str(LOCAL_CONFIG), encoding=sys.getfilesystemencoding())
         local.setdefault("core", {})["site_cache_dir"] = str(path)
         with atomic_write(LOCAL_CONFIG) as file:
+            if LOCAL_CONFIG.exists():  # it may hold passwords
+                shutil.copymode(LOCAL_CONFIG, file.name)
             local.write(file)
     allowed = Path(".dvc").stat().st_mode & 0o777
     for folder in (DATABASES, SITE_CACHE):

@@ -78,10 +78,17 @@ def usable_cores() -> set[str]:
     return set()
 
 
-def read_core_use(cores: set[str], stat: Path = Path("/proc/stat")) -> CoreUse:
-    """Read the times of this moment. Processes that give way ("nice") do not count."""
+def read_core_use(cores: set[str], stat: Path = Path("/proc/stat")) -> CoreUse | None:
+    """Read the times of this moment; None where the system does not show them.
+
+    Processes that give way ("nice") do not count.
+    """
+    try:
+        lines = stat.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
     ticks = 0
-    for line in stat.read_text(encoding="ascii").splitlines():
+    for line in lines:
         name, *fields = line.split()
         if name in cores:
             user, _, system, _, _, irq, softirq, steal, *_ = map(int, fields)
@@ -120,8 +127,9 @@ class ContentionMonitor:
         """Print the note if it holds since the last measurement, once per run."""
         if self.before is None or time.perf_counter() - self.before.wall < self.SECONDS:
             return
-        before, self.before = self.before, read_core_use(self.cores)
-        if text := contention(before, self.before, self.threads, len(self.cores)):
+        before, after = self.before, read_core_use(self.cores)
+        self.before = after
+        if after and (text := contention(before, after, self.threads, len(self.cores))):
             note(text)
             self.before = None
 

@@ -34,7 +34,8 @@ ifneq ($(CHOSEN_GPU),$(INSTALLED_GPU))
 endif
 REQUIREMENTS := requirements$(CHOSEN_GPU:%=-%).txt
 # No bytecode: on a full disk Python would write a truncated file, and fail at it later. DVC runs
-# commands with SHELL, which is /usr/sbin/nologin in some service accounts.
+# commands with SHELL, which is /usr/sbin/nologin in some service accounts. The script `dvc` names
+# the place where .venv was made, and a clone can move.
 IN_VENV := PYTHONDONTWRITEBYTECODE=1 SHELL=/bin/sh PATH="$$PWD/.venv/bin:$$PATH"
 # uv ignores pip's settings, such as a company's index. Where pip has some, it installs everything.
 PIP_INSTALL := -m pip install --no-user --quiet --disable-pip-version-check --require-hashes
@@ -56,7 +57,7 @@ setup: .venv/installed
 # DVC trusts files that it has written before, so they are checked first.
 repro: .venv/installed
 	@$(IN_VENV) python -m tools.verify
-	@$(IN_VENV) dvc repro || { $(IN_VENV) python -m tools.verify --disk-space; exit 1; }
+	@$(IN_VENV) python -m dvc repro || { $(IN_VENV) python -m tools.verify --disk-space; exit 1; }
 	@$(IN_VENV) python -m tools.compare --last-run
 
 page: repro

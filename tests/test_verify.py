@@ -342,6 +342,10 @@ def test_git_says_why_it_fails(finished: Project, monkeypatch: pytest.MonkeyPatc
     "variables", [{"SHELL": "/usr/sbin/nologin"}, {"SHELL": "/bin/false"}, {"PYTHONSAFEPATH": "1"}]
 )
 def test_make_repro_works_in_any_environment(variables: dict[str, str], finished: Project) -> None:
+    script = finished.root / ".venv/bin/dvc"  # it names the place where .venv was made
+    script.parent.mkdir(parents=True)
+    script.write_text("#!/nowhere/.venv/bin/python\n")
+    script.chmod(0o755)
     finished.set(seed=1)
     printed = make_repro(finished.with_variables(**variables))
     assert "Running stage 'train'" in printed

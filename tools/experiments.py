@@ -311,7 +311,8 @@ def queue_command(setting: Setting, seeds: Iterable[Any], baseline: Setting) -> 
 
     It sets the params that differ from the baseline or from the workspace, where it will run.
     """
-    workspace = dict(flatten({"": {"data": yaml.safe_load(Path("params.yaml").read_text())}}))
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    workspace = dict(flatten({"": {"data": yaml.safe_load(text)}}))
     options = [
         f"{name}={override(value)}"
         for name, value in setting.any_run.params.items()

@@ -1,7 +1,7 @@
 # Each target first creates .venv if it is missing or older than requirements.txt.
 # PYTHON=python3.12 chooses the Python for .venv. This file works with GNU make 3.81 (macOS).
 
-.PHONY: help setup repro page test lint pictures bench lock
+.PHONY: help setup repro page test lint docs bench lock
 
 help:
 	@echo "make setup     install the locked packages into .venv (other targets do so if needed)"
@@ -10,7 +10,7 @@ help:
 	@echo "make page      write page.html, a page to draw digits on that contains the model"
 	@echo "make test      run the tests"
 	@echo "make lint      check style, format and types"
-	@echo "make pictures  draw the pictures of the documentation from the results"
+	@echo "make docs      write the results into README and docs/, also the pictures"
 	@echo "make bench     time training against PyTorch, JAX and plain MLX, and time the pipeline"
 	@echo "make lock      update the locked package versions from pyproject.toml"
 
@@ -72,8 +72,11 @@ lint: .venv/lint-installed
 	.venv/bin/mypy --platform linux
 	.venv/bin/mypy --platform darwin
 
-pictures: repro
+# The tests of the documents run their commands. UPDATE_DOCS lets them write what is printed.
+docs: repro
+	@$(INSTALL) -r .ci/search.txt
 	PYTHONPATH=. .venv/bin/python docs/pictures/draw.py
+	UPDATE_DOCS=1 PYTHONUTF8=1 .venv/bin/python -m pytest -n 2 --dist loadfile -m '' tests/docs
 
 bench: .venv/bench/installed repro
 	.venv/bin/python -m bench.run .venv/bench/bin/python

@@ -1,17 +1,20 @@
 """Read the pages of the documentation, and do what they show."""
 
 import ast
+import json
 import os
 import re
 import shutil
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import ROOT, SAME_BITS, Project
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
+METRICS: dict[str, Any] = json.loads((ROOT / "metrics/accuracy.json").read_text())
 
 
 # `make docs` sets this: the tests then write what they would otherwise compare.
@@ -79,10 +82,56 @@ def check_states(text: str, *parts: str) -> None:
     assert re.search(rf"\b{pattern}\b", text, re.DOTALL), parts
 
 
+def with_metrics(text: str) -> str:
+    """Return the text of a page with the current metrics below each `<!-- metrics: TEMPLATE -->`.
+
+    The template is a format string for a paragraph or a code block.
+    """
+    accuracies = METRICS["accuracy_of"]
+    worst = min(accuracies, key=accuracies.get)
+    values = METRICS | {"worst_class": worst, "worst_accuracy": accuracies[worst]}
+    return re.sub(
+        r"(<!-- metrics: (.*?) -->\n(?:```\n)?).+?\n(?=```\n|\n|\Z)",
+        lambda found: f"{found[1]}{found[2].format(**values)}\n",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def output_lines(output: str) -> list[str]:
+    """Return the lines without progress bars."""
+    return [line.rpartition("\r")[2].rstrip() for line in output.splitlines()]
+
+
 def visible_lines(output: str) -> list[str]:
     """Return the lines without progress bars, without empty lines and with single spaces."""
-    lines = [" ".join(line.rpartition("\r")[2].split()) for line in output.splitlines()]
+    lines = [" ".join(line.split()) for line in output_lines(output)]
     return [line for line in lines if line]
+
+
+def updated_output(shown: str, output: str) -> str:
+    """Return what a page should show of an output: all of it, or the lines that differ in numbers.
+
+    Lines are left out only where the page shows "..." so far.
+    """
+    printed = output_lines(output)
+    if "..." not in shown.splitlines():
+        return "\n".join(printed).strip("\n") + "\n" if output.strip() else ""
+    lines = []
+    for line in shown.splitlines():
+        pattern = line_pattern(" ".join(line.split()))
+        is_current = any(re.fullmatch(pattern, " ".join(other.split())) for other in printed)
+        similar = [other for other in printed if without_numbers(other) == without_numbers(line)]
+        if not (line in ("", "...") or is_current) and similar:
+            line = similar[0]
+            printed.remove(line)
+        lines.append(f"{line}\n")
+    return "".join(lines)
+
+
+def without_numbers(line: str) -> str:
+    """Return a line with single spaces and with 0 in place of each number."""
+    return re.sub(r"[-+]?\d[\d.,]*", "0", " ".join(line.split()))
 
 
 def line_pattern(line: str) -> str:
@@ -102,27 +151,36 @@ def pasted(command: str) -> tuple[str, ...]:
     return "bash", "-c", command
 
 
-def check_consoles(project: Project, text: str) -> None:
+def check_consoles(project: Project, text: str, page: Path | None = None) -> None:
     """Run the commands of the `console` blocks. Check that each prints the lines below it.
 
     A line "..." stands for any lines. Lines may have another order, because the order of files in
-    `dvc metrics diff` is random.
+    `dvc metrics diff` is random. With `make docs`, first write what is printed into the page.
     """
     consoles = "".join(blocks(text, "console"))
-    commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", consoles, re.MULTILINE)
+    commands = re.findall(r"^\$ (.*)\n((?:[^$].*\n|\n)*)", consoles, re.MULTILINE)
     assert commands
-    for command, output in commands:
+    for command, shown in commands:
         if command == "source .venv/bin/activate":
             continue  # done for all commands
-        printed, shown = visible_lines(project.run(*pasted(command))), visible_lines(output)
-        for line in shown:
-            pattern = line_pattern(line)
-            assert line == "..." or any(re.fullmatch(pattern, other) for other in printed), (
-                f"{line!r} is missing in {printed}"
-            )
-        assert "..." in shown or len(printed) == len(shown), printed
+        output = project.run(*pasted(command))
+        if IS_UPDATE and page:
+            updated = updated_output(shown, output)
+            old, shown = f"$ {command}\n{shown}", updated
+            page.write_text(page.read_text().replace(old, f"$ {command}\n{updated}", 1))
+        check_output(visible_lines(shown), visible_lines(output))
         if command.startswith("dvc queue start"):
             project.wait_for_queue()
+
+
+def check_output(shown: list[str], printed: list[str]) -> None:
+    """Check that each shown line is printed, and that nothing else is unless one is "..."."""
+    for line in shown:
+        pattern = line_pattern(line)
+        assert line == "..." or any(re.fullmatch(pattern, other) for other in printed), (
+            f"{line!r} is missing in {printed}"
+        )
+    assert "..." in shown or len(printed) == len(shown), printed
 
 
 def follow(project: Project, text: str, before: str = "") -> None:

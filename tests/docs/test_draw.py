@@ -57,7 +57,7 @@ def test_picture_shows_the_results(name: str, monkeypatch: pytest.MonkeyPatch) -
     committed = Path("docs/pictures", name).read_bytes()
     assert len(committed) <= draw.MAX_BYTES
     if not same(draw.draw(name), committed):
-        stale(f"docs/pictures/{name} shows other results; run `make pictures`")
+        stale(f"docs/pictures/{name} shows other results; run `make docs`")
 
 
 def test_page_has_the_graph_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_page_has_the_graph_of_the_stages(monkeypatch: pytest.MonkeyPatch) -> No
     page = Path(draw.PAGE).read_text()
     assert "\n```mermaid\nflowchart " in page
     if draw.with_graph(page) != page:
-        stale(f"{draw.PAGE} shows another graph; run `make pictures`")
+        stale(f"{draw.PAGE} shows another graph; run `make docs`")
 
 
 def test_ladder_is_the_table_of_the_page() -> None:

@@ -181,7 +181,7 @@ def test_page_shows_what_its_commands_print(page: Path, tmp_path: Path) -> None:
     project.repro()
     project.run("git", "commit", "--quiet", "--all", "--allow-empty", "--message=Run")
     follow(project, recipe(page))
-    check_consoles(project, page.read_text())
+    check_consoles(project, page.read_text(), page)
 
 
 def test_search_continues_after_a_kill(copy: Project) -> None:

@@ -4,10 +4,10 @@
 .PHONY: help setup repro page test lint docs bench lock
 
 help:
-	@echo "make setup     install the locked packages into .venv (other targets do so if needed)"
-	@echo "               GPU=cuda13 chooses MLX for NVIDIA GPUs on Linux, GPU= MLX for the CPU again"
+	@echo "make setup     install the locked packages into .venv (the other targets run this if needed)"
+	@echo "               GPU=cuda13 selects MLX for NVIDIA GPUs on Linux, GPU= selects the CPU again"
 	@echo "make repro     check the outputs recorded in dvc.lock, then update every result"
-	@echo "make page      write page.html, a page to draw digits on that contains the model"
+	@echo "make page      write page.html, a page to draw digits on, with the model inside"
 	@echo "make test      run the tests"
 	@echo "make lint      check style, format and types"
 	@echo "make docs      write the results into README and docs/, also the pictures"
@@ -17,13 +17,13 @@ help:
 # Otherwise `python -m stages.train` would not find the folder of the project.
 export PYTHONSAFEPATH :=
 
-# The Python versions that the locked packages have wheels for.
+# All locked packages have wheels for these Python versions.
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 IN_PYTHON = $(if $(PYTHON), in $(PYTHON))
-# MLX's build in .venv: cuda13, or empty for the CPU. GPU=... on the command line chooses it. Without
-# that, each target keeps it, also when it creates .venv anew.
+# MLX's build in .venv: cuda13, or empty for the CPU. GPU=... on the command line selects it.
+# Otherwise each target keeps the installed build, even when it recreates .venv.
 INSTALLED_GPU := $(shell cat .venv/gpu 2>/dev/null)
 CHOSEN_GPU := $(if $(filter command,$(origin GPU)),$(GPU),$(INSTALLED_GPU))
 ifneq ($(filter $(CHOSEN_GPU),cuda13),$(CHOSEN_GPU))
@@ -48,13 +48,14 @@ INSTALL := install() { \
 	else .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python \
 	--require-hashes "$$@"; fi; }; install
 
-# A time in the future, of a file from another machine, must not install the packages at each call.
+# A file from another machine can have a time in the future. Take that time over, because otherwise
+# each call would install the packages.
 TOUCH = @touch $@; for file in $^; do if [ "$$file" -nt $@ ]; then touch -r "$$file" $@; fi; done
 
 setup: .venv/installed
 	@$(IN_VENV) python -m tools.verify
 
-# DVC trusts files that it has written before, so they are checked first.
+# DVC does not reread files that it has written, so verify them first.
 repro: .venv/installed
 	@$(IN_VENV) python -m tools.verify
 	@$(IN_VENV) python -m dvc repro || { $(IN_VENV) python -m tools.verify --disk-space; exit 1; }
@@ -111,7 +112,7 @@ LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy f
 		printf >&2 'error: %s: Python cannot work in a folder with %s in its name; rename it\n' \
 		"$$PWD" ": \" \$$ \` or \\"; exit 1 ;; esac
 	@echo "Installing the packages of $(REQUIREMENTS) into .venv"
-	@rm -f $@  # so that a run that is interrupted here is not taken for a finished one
+	@rm -f $@  # an interrupted installation must not look finished
 	"$(PYTHON)" -m venv --clear .venv; status=$$?; echo "$(CHOSEN_GPU)" > .venv/gpu; exit $$status
 	.venv/bin/python $(PIP_INSTALL) -r .ci/uv.txt
 	@$(INSTALL) -r $(REQUIREMENTS)

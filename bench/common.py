@@ -1,4 +1,4 @@
-"""What all contenders share: the configurations, the data, and how an epoch is timed."""
+"""Code that all contenders share: the configurations, the data, and the timing of an epoch."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def run(make_contender: Callable[[Config], Contender]) -> None:
     """Train with the configuration named on the command line. Print metrics as JSON.
 
     `seconds` is the median time of an epoch without the first epoch. `fraction` is less than 1 if
-    the epochs were cut short. Then `accuracy` is not that of a whole training.
+    the epochs were cut short. Then `accuracy` is not the result of a whole training.
     """
     config = CONFIGS[sys.argv[1]]
     train_epoch, accuracy = make_contender(config)

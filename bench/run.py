@@ -30,7 +30,7 @@ METRICS = {
 
 
 def measure(contender: str, config: str) -> dict[str, float]:
-    """Run a contender in a process of its own. Return its metrics."""
+    """Run a contender in its own process. Return its metrics."""
     python, _ = CONTENDERS[contender]
     started = time.perf_counter()
     printed = subprocess.check_output([python, "-m", f"bench.{contender}", config], text=True)

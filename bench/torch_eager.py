@@ -1,4 +1,4 @@
-"""PyTorch, eager, with a thread per core."""
+"""PyTorch, eager, with one thread per core."""
 
 import numpy as np
 import torch

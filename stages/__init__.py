@@ -1,6 +1,6 @@
 """The stages of the pipeline. Importing this package prepares the import of MLX.
 
-It lets OpenBLAS serve MLX on Linux, and explains in one line why MLX's CUDA build cannot start.
+On Linux, OpenBLAS can then multiply for MLX. One line explains why MLX's CUDA build cannot start.
 
 MLX calls `cblas_sgemm`, and the first library in the global symbol scope that defines it serves
 the call. With lazy binding, that symbol is looked up at the first matrix product, not when MLX is
@@ -23,7 +23,7 @@ def explain_missing_gpu(
 ) -> None:
     """Print one line if MLX's CUDA build finds no driver or no GPU, else the usual traceback.
 
-    Without them `import mlx.core` fails, at the top of a stage or a tool, where no `try` is.
+    Without them `import mlx.core` fails at the top of a stage or a tool, outside of any `try`.
     """
     if isinstance(error, ImportError) and str(error).startswith(("libcuda.so", "cuda")):
         sys.stderr.write(
@@ -44,7 +44,7 @@ def file_stats(path: Path) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
-# Of each code file before Python imports it, so that `stages.shared.inputs` notices an edit.
+# The stats of each code file before Python imports it, so that `stages.shared.inputs` finds edits.
 CODE_STATS = {
     path: file_stats(path)
     for path in Path(__file__).resolve().parent.rglob("*.py")

@@ -91,7 +91,7 @@ DATASETS = {
 class FetchParams(Struct, frozen=True):
     """The section `fetch` of params.yaml."""
 
-    dataset: Literal[*DATASETS]  # type: ignore[valid-type]  # mypy wants literal strings here
+    dataset: Literal[*DATASETS]  # type: ignore[valid-type]  # mypy accepts only literal strings
 
 
 class SourceError(Exception):
@@ -102,9 +102,9 @@ class SourceError(Exception):
 def deadline(seconds: float) -> Iterator[None]:
     """Raise `SourceError` in the block if it takes longer than `seconds`. Main thread only.
 
-    The signal also ends what has no timeout of its own, such as a server that sends one byte per
-    second. Python raises the error when the running C function returns: the name resolution of the
-    C library first runs into its own timeout. An inner deadline pauses the outer one.
+    The signal also ends calls without a timeout, such as reading from a server that sends one byte
+    per second. Python raises the error when the running C function returns: the name resolution of
+    the C library first reaches its own timeout. An inner deadline pauses the outer deadline.
     """
 
     def interrupt(*_: object) -> None:
@@ -160,7 +160,7 @@ def close_redirect(response: requests.Response, **_: Any) -> None:
 
 
 class Session(requests.Session):
-    """A session that sends no login to another host than the one that the user named."""
+    """A session that sends a login only to the host that the user named."""
 
     def rebuild_auth(self, request: requests.PreparedRequest, response: requests.Response) -> None:
         """Drop the login at a redirect to another host. requests would read ~/.netrc again."""

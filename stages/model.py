@@ -1,4 +1,4 @@
-"""The network and its hyperparameters. Change this file to train a network of your own.
+"""The network and its hyperparameters. Change this file to train your own network.
 
 The other modules accept any `ModelParams` and any `Model` that is built and called like this one.
 """

@@ -45,7 +45,7 @@ class WrongTypeError(UserError):
 def decode_idx(data: bytes | mmap.mmap) -> NDArray[np.uint8]:
     """Decode an IDX file of unsigned bytes with any number of dimensions, without a copy.
 
-    The format is the one of the MNIST page: two zero bytes, the type 8, the number of dimensions,
+    The MNIST page defines the format: two zero bytes, the type 8, the number of dimensions,
     each dimension as a big-endian uint32, then the values in C order. Raises `WrongTypeError` for
     another type, `ValueError` for any other file.
     """
@@ -87,7 +87,7 @@ def read_raw(folder: Path, prefix: str) -> Split:
 def split_indices(count: int, validation_size: int, seed: int) -> tuple[Indices, Indices]:
     """Choose `validation_size` of `count` examples at random.
 
-    Returns the indices of the other examples and the indices of the chosen ones, both sorted.
+    Returns the indices of the remaining and of the chosen examples, both sorted.
     """
     permutation = np.random.default_rng(seed).permutation(count)
     return np.sort(permutation[validation_size:]), np.sort(permutation[:validation_size])

@@ -77,14 +77,14 @@ class Config(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """The training and the validation split; the latter may be empty."""
+    """The training split and the validation split, which may be empty."""
 
     train: Split
     validation: Split
 
 
 class Training(NamedTuple):
-    """A network, its optimizer, and what the steps of its training depend on."""
+    """A network, its optimizer, and the config and shards of its training."""
 
     config: Config
     model: nn.Module

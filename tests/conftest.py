@@ -241,7 +241,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def finished(finished_once: Project, tmp_path: Path) -> Iterator[Project]:
-    """Copy `finished_once`, for a test to change."""
+    """Copy `finished_once`. The test can change the copy."""
     root = shutil.copytree(finished_once.root, tmp_path / "project", symlinks=True)
     yield Project(root, {})
     shutil.rmtree(root)

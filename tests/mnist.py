@@ -58,7 +58,7 @@ Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
 
 
 def send(data: bytes, announced: int | None = None) -> Answer:
-    """Respond with `data`, after announcing its length or a wrong one."""
+    """Respond with `data`, after announcing its length or a wrong length."""
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
         request.send_response(200)

@@ -1,4 +1,4 @@
-"""Distortions of the training images: their size, what they leave alone, and their bits."""
+"""Distortions of the training images: their size, unchanged images, and their bits."""
 
 import math
 from collections.abc import Callable

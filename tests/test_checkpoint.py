@@ -1,4 +1,4 @@
-"""The checkpoint of a training run: what it holds, and when it is ignored."""
+"""The checkpoint of a training run: its content, and when it is ignored."""
 
 import re
 from pathlib import Path

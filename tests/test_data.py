@@ -1,4 +1,4 @@
-"""A split: what it may contain, and that no wrong byte of its file goes unnoticed."""
+"""A split: its allowed content, and the detection of each wrong byte of its file."""
 
 import pickle
 import re

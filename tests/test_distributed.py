@@ -1,4 +1,4 @@
-"""Shards of a minibatch, and what ranks agree on, in one process."""
+"""Shards of a minibatch, and checks between ranks, in one process."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Reading dvc.lock, and checking that a stage reads what DVC recorded."""
+"""Reading dvc.lock, and checking that a stage reads the recorded data."""
 
 import json
 import os

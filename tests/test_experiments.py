@@ -306,7 +306,7 @@ def output_of(project: Project, *arguments: str, ok: bool = True) -> str:
 
 
 def test_experiments_of_a_clone_are_compared(finished: Project) -> None:
-    """Also those that started from an earlier commit; a queued one does not count."""
+    """Experiments from an earlier commit count, too; a queued experiment does not."""
     assert "nothing to compare" in output_of(finished)
     finished.run(
         *[

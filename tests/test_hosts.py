@@ -1,4 +1,4 @@
-"""Training on two hosts: network namespaces with names, disks and SSH servers of their own.
+"""Training on two hosts: network namespaces with their own names, disks and SSH servers.
 
 This needs root, iproute2, openssh-server and Open MPI: `.venv/bin/python -m pytest -m mpi`.
 """
@@ -99,7 +99,7 @@ def hosts(project: Project, second: Project) -> Iterator[Hosts]:
             stack.callback(sshd.terminate)
             wait = f"until ssh {ssh} {address} true; do sleep 0.1; done"
             subprocess.run([*on_host(name), "sh", "-c", wait], check=True, timeout=20)
-        # Both hosts are this one machine, so do not bind the processes to the first core of each.
+        # Both hosts are the same machine, so do not bind the processes to the first core of each.
         mpirun = f"mpirun --timeout 60 --bind-to none --hostfile {folder}/hosts -np 2"
         yield Hosts(project, second, mpirun)
 

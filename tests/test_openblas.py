@@ -66,7 +66,7 @@ def output_of(code: str, *emulator: str, cwd: Path = ROOT, **variables: str) -> 
 
 @linux
 def test_openblas_multiplies_for_mlx() -> None:
-    """Compare last bits: those of its sums differ from those of MLX's own BLAS."""
+    """Compare last bits: OpenBLAS's sums differ from the sums of MLX's own BLAS."""
     without_openblas = output_of(PRODUCT)
     for threads in (1, 2):
         assert output_of(LOAD.format(threads) + PRODUCT) != without_openblas
@@ -138,7 +138,7 @@ def test_emulated_cpus_give_the_same_bits(tmp_path: Path) -> None:
     project = clone(tmp_path)
     (project.root / "dvc.lock").unlink()  # it records other data
     for name in ("train", "validation"):
-        # As large as those of MNIST: many kernel families differ only in where they cut long sums.
+        # As large as MNIST's, because many kernel families differ only in long sums.
         save_split(project.root / f"data/{name}.npz", small_split(500, (28, 28)))
     project.set(batch_size=256, num_epochs=2, device="cpu", threads=1)
     project.set("augment", shift=1, rotation=10, scale=0.1, elastic=1)

@@ -251,7 +251,7 @@ def test_text_that_is_not_plain_yaml(text: str | bytes, expected: str, tmp_path:
     check_rejected(text, expected, tmp_path)
 
 
-# Numbers, dates and merge keys for some readers of YAML, and what looks like one.
+# Numbers, dates and merge keys for some readers of YAML, and similar text.
 AMBIGUOUS = [
     *("040", "-010", "00", "0x20", "0b11", "0o40", "1_000", "1_000.5", "._5", "+.5e1", ".5e1"),
     *("1:30", "12:30:45", "1.2.3", "3d", "2020-01", "0x", "0o8", "1,5", "1e5x", "1.5e", "<<", "="),

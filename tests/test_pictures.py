@@ -44,7 +44,7 @@ def sixteen_bits() -> Image.Image:
 
 
 def rotated() -> tuple[Image.Image, Image.Exif]:
-    """Return the drawing on its side, and the EXIF data that say so."""
+    """Return the rotated drawing, and the EXIF data that describe the rotation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return drawing().transpose(Image.Transpose.ROTATE_90), exif

@@ -23,7 +23,7 @@ def output_of(project: Project, file: str, ok: bool = True) -> list[str]:
 
 
 def expected_output(project: Project, stage: str, commits: list[str]) -> list[str]:
-    """Return what the tool should print about the first output of a stage."""
+    """Return the lines that the tool should print about the first output of a stage."""
     recorded = parse_lock(project.read("dvc.lock"))[stage]
     sections = recorded.params.get("params.yaml", {})
     params = [(name, *item) for name in sections for item in project.params()[name].items()]
@@ -64,7 +64,7 @@ def test_commits_with_the_same_origin_are_listed_together(finished: Project) -> 
         file.write("# a comment\n")
     finished.repro()
     commit(finished, "Add a comment")
-    # DVC keeps such a commit of its own when an experiment is applied.
+    # DVC keeps such a commit when an experiment is applied.
     applied = finished.run("git", "commit-tree", "HEAD^{tree}", "-p", "HEAD~1", "-m", "exp-apply")
     finished.run("git", "update-ref", "refs/exps/apply/stash", applied.strip())
     expected = expected_output(finished, "evaluate", [head(finished), early])

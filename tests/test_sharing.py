@@ -49,7 +49,7 @@ def test_clone_pulls_from_a_folder(finished: Project, tmp_path: Path) -> None:
 
 
 def test_no_output_is_a_folder() -> None:
-    """DVC writes the files of a folder where its list in the remote says, also outside of it."""
+    """A list in the remote defines where DVC writes a folder's files, even outside of it."""
     stages = parse_lock((ROOT / "dvc.lock").read_bytes()).values()
     assert not [out.path for stage in stages for out in stage.outs if out.md5.endswith(".dir")]
 

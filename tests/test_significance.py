@@ -75,7 +75,7 @@ def detected(pairs: int, comparisons: int, difference: float, cases: int) -> np.
     The difference is between the true means of each setting and the baseline.
     """
     rng = np.random.default_rng(0)
-    # The deviation of a difference is that of two runs, so each run has a part of it.
+    # The deviation of a difference comes from two runs, so each run has a part of it.
     noise = rng.normal(0, BETWEEN_PAIRS / math.sqrt(2), (cases, comparisons + 1, pairs))
     p_values = t_tests(difference + noise[:, 1:] - noise[:, :1])
     return np.array([holm(row) for row in p_values.tolist()]) < LEVEL

@@ -1,4 +1,4 @@
-"""The train loop, on a network and on data of the tests' own, and the stage's mistakes."""
+"""The train loop, on the tests' own network and data, and the errors of the stage."""
 
 import math
 import re
@@ -59,7 +59,7 @@ DISTORTED = AugmentParams(shift=1, rotation=10, scale=0.1, elastic=0.5)
 
 
 class Network(nn.Module):
-    """Two linear layers, with dropout that each epoch draws anew."""
+    """Two linear layers with dropout, which differs in each epoch."""
 
     def __init__(self, hidden_dim: int = 16, dropout: float = 0.0) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def train_all(
 
 
 def train_plainly(params: TrainParams) -> tuple[dict[str, mx.array], list[EpochMetrics]]:
-    """Train as MLX's documentation does: float32 images, a step at a time, nothing clever."""
+    """Train as MLX's documentation does: float32 images, step by step, without optimizations."""
     images, labels = mx.array(TRAIN.images.astype(np.float32) / 255), mx.array(TRAIN.labels)
     test_images = mx.array(VALIDATION.images.astype(np.float32) / 255)
     test_labels = mx.array(VALIDATION.labels)
@@ -362,7 +362,7 @@ def test_network_larger_than_the_memory_is_rejected() -> None:
 def test_stop_after_the_last_epoch_loses_nothing(
     finished: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DVC deletes what the stage wrote; only the checkpoint is left."""
+    """DVC deletes the outputs of the stage; only the checkpoint is left."""
     monkeypatch.chdir(finished.root)
     before = finished.results()
     outputs = [Path("data/model.safetensors"), *Path("metrics").glob("[ht]*")]

@@ -52,7 +52,7 @@ def cut(path: Path) -> None:
 
 
 def leave_behind() -> list[str | Path]:
-    """Leave what killed runs and mishaps leave. Return it in the order of the message."""
+    """Create the remains of killed runs and mishaps. Return them in the order of the message."""
     RWLOCK.write_text('{"write": {"data')
     hidden = [Path("data/.a.part"), Path("data/.b.tmp"), Path("metrics/.accuracy.json.tmp")]
     for path in (CHECKPOINT, *hidden[:1]):

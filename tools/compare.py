@@ -1,13 +1,13 @@
-"""Compare runs. It answers one of three questions:
+"""Compare runs. This command answers one of three questions:
 
 How do two models differ? A and B are commits, branches, tags or names of experiments, by default
 HEAD and the files in the workspace.
 
-Is a setting better? --seeds groups all experiments by their params and code, and compares each
+Is a setting better? --seeds groups all experiments by their parameters and code, and compares each
 group with the baseline over pairs of runs with the same seed. The baseline is the setting of HEAD,
-or the one with the given values of params.
+or the setting with the given values of parameters.
 
-Did the last run give the committed results? --last-run, as at the end of `make repro`.
+Did the last run give the committed results? --last-run answers this at the end of `make repro`.
 """
 
 import json
@@ -45,7 +45,7 @@ DEFAULT_METRICS = (VALIDATION_ACCURACY, ACCURACY)
 def setting_data(
     setting: Setting, comparison: Comparison | None, metrics: list[str]
 ) -> dict[str, Any]:
-    """Return what is known of a setting, for scripts. The baseline has no comparison."""
+    """Return the facts about a setting, for scripts. The baseline has no comparison."""
     found: dict[str, Any] = {
         "params": setting.any_run.params,
         "inputs": setting.any_run.inputs,
@@ -70,7 +70,7 @@ def finite(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Return JSON text. Values that are not of JSON become text."""
+    """Return JSON text. A value of a type that JSON does not have becomes text."""
     return json.dumps(finite(value), indent=2, default=str)
 
 

@@ -1,7 +1,7 @@
 """Group DVC's experiments by their settings, and compare the groups over seeds.
 
 Two runs with the same seed have the same first weights and the same order of examples. So their
-difference varies much less than that of two runs with different seeds ("common random numbers").
+difference varies much less than between two runs with different seeds ("common random numbers").
 """
 
 import json
@@ -40,7 +40,7 @@ class Run:
     seed: Any
     params: dict[str, Any]  # by full name, without the seed
     digests: dict[str, str]  # of all files that the stages read or write, by path
-    inputs: dict[str, str]  # those of the code and data that no stage makes
+    inputs: dict[str, str]  # digests of the code and data that no stage makes
     metrics: dict[str, float]  # by FILE:NAME
 
 
@@ -49,15 +49,15 @@ class Setting:
     """All runs that have everything but the seed in common."""
 
     runs: dict[Any, Run]  # by seed
-    is_head: bool  # it has the params, the code and the data of HEAD
+    is_head: bool  # whether it has the params, the code and the data of HEAD
 
     @cached_property
     def any_run(self) -> Run:
-        """Return one run, for what all of them have in common."""
+        """Return one run, to read values that all of them have in common."""
         return next(iter(self.runs.values()))
 
     def values(self, metric: str) -> dict[Any, float]:
-        """Return the metric by seed, for the runs that have it."""
+        """Return the metric by seed. Runs without this metric are left out."""
         return {
             seed: run.metrics[metric] for seed, run in self.runs.items() if metric in run.metrics
         }
@@ -105,7 +105,7 @@ class Comparison:
         return max(self.pairs + 1, needed)
 
     def missing_seeds(self, setting: Setting, baseline: Setting) -> list[Any]:
-        """Return the seeds that `setting`, one of the two, lacks for `seeds_needed` pairs."""
+        """Return the seeds that `setting`, one of the two, needs to reach `seeds_needed` pairs."""
         either = [*self.setting.runs, *baseline.runs]
         both = [seed for seed in self.setting.runs if seed in baseline.runs]
         unused = (seed for seed in count() if seed not in either)
@@ -114,9 +114,9 @@ class Comparison:
 
 
 def collect_runs() -> tuple[Run | None, list[Run]]:
-    """Return the run of HEAD, if it has results, and all runs: also those of experiments.
+    """Return the run of HEAD, if it has results, and all runs, including experiments.
 
-    Experiments count whatever commit they started from.
+    Experiments count, whatever commit they started from.
     """
     head = git("rev-parse", "--verify", "HEAD").strip()
     refs = git("for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
@@ -137,8 +137,8 @@ def collect_runs() -> tuple[Run | None, list[Run]]:
 def finished_runs(table: list[dict[str, Any]]) -> Iterator[Run]:
     """Yield the commits and the experiments with results of a table of `dvc exp show --json`.
 
-    A queued or running experiment is left out: its metrics there are those of the commit that it
-    started from.
+    A queued or running experiment is left out: its metrics in the table belong to the commit where
+    it started.
     """
     rows = []
     for commit in table:
@@ -212,9 +212,10 @@ def varying_params(settings: Iterable[Setting]) -> list[str]:
 
 
 def find_baseline(settings: list[Setting], values: Mapping[str, Any]) -> Setting:
-    """Return the setting of HEAD, or the one that has these values of params.
+    """Return the setting of HEAD, or the setting with these values of params.
 
-    If several have them, it is the one with the other params, the code and the data of HEAD.
+    If several settings have these values, return the one that is like HEAD in all other params, the
+    code and the data.
     """
     head = next((setting for setting in settings if setting.is_head), None)
     if not values:
@@ -224,7 +225,7 @@ def find_baseline(settings: list[Setting], values: Mapping[str, Any]) -> Setting
         return head
     for name in values:
         if not any(name in setting.any_run.params for setting in settings):
-            raise UserError(f"{name}: is no param of these experiments; check the name")
+            raise UserError(f"{name}: is not a parameter of these experiments; check the name")
 
     def matches(setting: Setting, wanted: Mapping[str, Any]) -> bool:
         return all(setting.any_run.params.get(name) == value for name, value in wanted.items())
@@ -254,10 +255,9 @@ def resolve_metric(name: str, runs: Iterable[Run]) -> str:
 
 
 def deciding_metric(setting: Setting, baseline: Setting) -> str | None:
-    """Return the validation accuracy, or the test accuracy if there is none for both settings.
+    """Return the metric to compare two settings by, or None if no split is the same.
 
-    There is also none to compare if they have different validation splits. Return None if their
-    test splits differ, too.
+    It is the validation accuracy if both have one on the same split, and else the test accuracy.
     """
     metrics = {VALIDATION_ACCURACY: VALIDATION_SPLIT, ACCURACY: TEST_SPLIT}
     for metric, split in metrics.items():

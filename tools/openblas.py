@@ -16,7 +16,7 @@ from stages.shared.openblas import LIBRARY
 
 def main() -> None:
     if sys.platform != "linux":
-        return  # macOS has a fast BLAS of its own
+        return  # macOS has its own fast BLAS
     package = find_spec("scipy_openblas32")
     if package is None or package.origin is None:
         raise UserError("scipy-openblas32: not installed; `pip install -r requirements.txt`")

@@ -1,4 +1,4 @@
-"""Show where a file came from: the commits whose dvc.lock records it, and what it was made from.
+"""Show where a file came from: the commits whose dvc.lock records it, its params and its inputs.
 
 The file is an output of the pipeline, or a copy of one under any name.
 """

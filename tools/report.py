@@ -34,7 +34,7 @@ def format_table(table: Table, markdown: bool) -> str:
 
 
 def describe_models(found: ModelComparison, markdown: bool) -> str:
-    """Describe how two models differ, and what that means."""
+    """Describe how two models differ, and whether that is significant."""
     if found.is_same:
         first, second = found.names
         return (
@@ -92,7 +92,7 @@ def format_test(test: PairedTest | None) -> str:
 def describe_settings(
     baseline: Setting, comparisons: list[Comparison], metrics: list[str], markdown: bool
 ) -> str:
-    """Describe the settings, how they differ from the baseline, and what is left to run."""
+    """Describe the settings, their differences from the baseline, and the missing runs."""
     settings = {"baseline": baseline}
     settings |= {f"#{place}": found.setting for place, found in enumerate(comparisons, start=1)}
     parts = [format_table(values_table(settings, metrics), markdown)]
@@ -138,7 +138,7 @@ def differences_table(
 
 
 def differing_files(baseline: Setting, setting: Setting) -> list[str]:
-    """Return the paths of the code and the data that are not those of the baseline."""
+    """Return the paths of the code and the data that differ from the baseline."""
     inputs = baseline.any_run.inputs
     others = setting.any_run.inputs
     return [path for path in inputs | others if inputs.get(path) != others.get(path)]
@@ -174,7 +174,7 @@ def suggestions(settings: dict[str, Setting], comparisons: list[Comparison]) -> 
 
 
 def describe_need(found: Comparison) -> str:
-    """Say how many seeds would settle a comparison."""
+    """Describe how many seeds would settle a comparison."""
     if found.seeds_needed > MOST_SEEDS:
         return f"a difference as small as this needs more than {MOST_SEEDS} seeds."
     purpose = "are needed"

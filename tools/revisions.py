@@ -23,7 +23,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Results:
-    """What the files that Git keeps say about a run."""
+    """The results of a run, as read from the files in Git."""
 
     name: str  # a commit, a branch, a tag, an experiment or "workspace"
     stages: dict[str, Stage]  # by name; empty if there is no dvc.lock
@@ -91,7 +91,7 @@ def changes(before: Mapping[Key, Any], after: Mapping[Key, Any]) -> dict[Key, tu
 
 
 def describe_last_run() -> str:
-    """Say in one line how the results of the workspace differ from the committed ones.
+    """Describe in one line how the results of the workspace differ from the committed results.
 
     Only stages that both have are compared. A stage that is new in the workspace is named.
     """
@@ -108,7 +108,7 @@ def describe_last_run() -> str:
 
 
 def describe_difference(before: Results, after: Results, stages: list[str]) -> str:
-    """Say in one line how two results of these stages differ."""
+    """Describe in one line how two results of these stages differ."""
     if changed := changes(before.params(stages), after.params(stages)):
         values = [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]
         return f"changed params: {', '.join(values)}{accuracy_change(before, after)}"
@@ -137,7 +137,7 @@ class ModelComparison:
     """How two models and their predictions on the test split differ."""
 
     names: tuple[str, str]
-    params: dict[str, tuple[Any, Any]]  # those that differ
+    params: dict[str, tuple[Any, Any]]  # both values of each param that differs
     accuracies: tuple[float, float]
     examples: int | None  # in the test split
     became_right: int  # examples that only the first model got wrong
@@ -159,11 +159,11 @@ def compare_models(a: Results, b: Results) -> ModelComparison:
             raise UserError(f"{results.name}: {problem}; name a revision with results")
     sizes = [results.metrics.get("examples") for results in (a, b)]
     if None not in sizes and sizes[0] != sizes[1]:
-        problem = f"its test split has {sizes[1]} examples, that of {a.name} has {sizes[0]}"
+        problem = f"its test split has {sizes[1]} examples, but {a.name} has {sizes[0]}"
         raise UserError(f"{b.name}: {problem}; compare models with one test split")
     classes = [results.metrics.get("accuracy_of", {}).keys() for results in (a, b)]
     if all(classes) and classes[0] != classes[1]:
-        problem = f"its classes are not those of {a.name}"
+        problem = f"its classes differ from the classes of {a.name}"
         raise UserError(f"{b.name}: {problem}; compare models with one test split")
     notes = []
     digests = [results.inputs(results.stages) | results.outs(results.stages) for results in (a, b)]

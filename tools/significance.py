@@ -35,7 +35,7 @@ class PairedTest:
 
     pairs: int
     mean: float
-    deviation: float  # sample standard deviation; nan for fewer than 2 pairs, as are the next three
+    deviation: float  # sample standard deviation; it and all below are nan for less than 2 pairs
     low: float  # 95% confidence interval of the mean
     high: float
     p: float  # two-sided
@@ -74,7 +74,7 @@ def t_probability(t: float, freedom: int) -> float:
 
 @cache
 def t_quantile(probability: float, freedom: int) -> float:
-    """Return the t for which P(|T| < t) is `probability`, by bisection."""
+    """Find the t where P(|T| < t) equals `probability`, by bisection."""
     low, high = 0.0, 1.0
     while t_probability(high, freedom) < probability:
         high *= 2
@@ -88,7 +88,7 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted so that together they err at most as often as one would alone.
+    """Adjust p-values, so that all together err at most as often as a single one.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6.
     """
@@ -103,9 +103,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def pairs_needed(difference: float, deviation: float, comparisons: int = 1) -> float:
     """Return how many pairs show a difference of this mean and deviation with 80% probability.
 
-    The level of each of several comparisons is that of Holm's first step. Infinite if the
-    difference is zero. Source: Guenther 1981, The American Statistician 35 (a normal approximation
-    with a correction for Student's t).
+    With several comparisons, the level is the one of Holm's first step. The result is infinite if
+    the difference is zero. Source: Guenther 1981, The American Statistician 35 (a normal
+    approximation with a correction for Student's t).
     """
     if not difference:
         return math.inf

@@ -1,4 +1,4 @@
-"""Check every output recorded in dvc.lock, and remove what is damaged so that DVC makes it again.
+"""Check every output recorded in dvc.lock, and remove damaged files, so that DVC restores them.
 
 DVC does not read a read-only file in its cache again, nor an output whose times are unchanged, and
 it stops at files that a killed run left half-written. `make repro` therefore runs this first.
@@ -37,7 +37,7 @@ from tools.provenance import git
 
 RWLOCK = Path(".dvc/tmp/rwlock")  # DVC's note of the processes that use a path
 LOCK_FILE = Path(f"{RWLOCK}.lock")
-# The name of a file that DVC (dvc-objects 5) has not finished to write: a random token.
+# DVC (dvc-objects 5) gives a file this name, a random token, until it is completely written.
 DVC_TEMPORARY = re.compile(r"\.[0-9A-Za-z_-]{22}\.tmp")
 CHECKPOINT = Path("data/checkpoint.safetensors")
 LOCAL_CONFIG = Path(".dvc/config.local")  # not in Git
@@ -47,7 +47,7 @@ DATABASES = SITE_CACHE / "repo"
 
 def check_setup() -> None:
     """Raise `UserError` if DVC cannot work here. DVC's own messages name no remedy."""
-    git("rev-parse", "--git-dir")  # raises UserError with what Git says
+    git("rev-parse", "--git-dir")  # raises UserError with Git's message
     if not Path(".dvc").is_dir():
         raise UserError(".dvc: not found; copy the hidden files, too, or run `git checkout .dvc`")
     for path in (Path("params.yaml"), Path("dvc.yaml"), Path(".dvc/config"), LOCAL_CONFIG):
@@ -271,7 +271,7 @@ class Output(NamedTuple):
     path: Path  # relative to the project
     md5: str
     size: int  # bytes
-    is_ours: bool  # whether one of the modules in stages/ writes it
+    is_ours: bool  # whether a module in stages/ writes it
 
 
 def recorded_outputs() -> Iterator[Output]:
@@ -315,14 +315,14 @@ def recorded_files(cache: Path) -> Iterator[Output]:
 def is_damaged(path: Path, md5: str) -> bool:
     """Return whether `path` exists, but not as a file with this digest.
 
-    The digest of a folder is the one of the list of its files, which is a file in the cache.
+    The digest of a folder is the digest of the list of its files, which is a file in the cache.
     """
     is_intact = path.is_file() and digest(path) == md5.removesuffix(".dir")
     return os.path.lexists(path) and not is_intact
 
 
 def repair_outputs(cache: Path) -> Iterator[str]:
-    """Remove what differs from dvc.lock: objects of the cache, and outputs in the workspace.
+    """Remove files that differ from dvc.lock: objects of the cache, and outputs in the workspace.
 
     An output that is a regular file stays, because the user may have edited it. Its times change,
     so that DVC reads it again. An output that this project's stages do not write also stays.

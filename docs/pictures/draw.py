@@ -1,7 +1,7 @@
 """Draw the pictures of the documents from the pipeline's outputs and docs/ladder.csv.
 
 It also puts the graph of the stages, as `dvc dag --md` prints it, into docs/pipeline.md. Run it in
-the folder of the project: `PYTHONPATH=. python docs/pictures/draw.py`.
+the top folder of the project: `PYTHONPATH=. python docs/pictures/draw.py`.
 """
 
 import csv
@@ -29,7 +29,7 @@ from stages.shared.files import atomic_write
 PAGE = "docs/pipeline.md"
 MAX_BYTES = 100_000  # of a picture; the next three limits keep an SVG file below it
 MAX_POINTS = 400  # of a curve
-MAX_CELLS = 800  # of the confusion matrix, those with the highest counts
+MAX_CELLS = 800  # of the confusion matrix: the cells with the highest counts
 MAX_CLASSES_WITH_COUNTS = 12  # of more classes, the cells are too small for their counts
 
 DISTORTIONS = AugmentParams(shift=1, rotation=10, scale=0.1, elastic=1)  # as in experiments.md
@@ -122,7 +122,7 @@ def draw_curves(history: list[Row]) -> bytes:
 
 
 def confusion_cells(predictions: list[Row]) -> list[Spec]:
-    """Count the pairs of actual and predicted class, the MAX_CELLS most frequent ones.
+    """Count the pairs of actual and predicted class. Return the MAX_CELLS most frequent pairs.
 
     The shade of a cell is its share of the actual class. Shades of mistakes are scaled so that the
     largest is 1, because most shares of mistakes are too small to be seen.
@@ -139,7 +139,7 @@ def confusion_cells(predictions: list[Row]) -> list[Spec]:
 
 
 def draw_confusion(predictions: list[Row], metrics: Spec) -> bytes:
-    """Draw how often each class was predicted as which, the mistakes in another colour."""
+    """Draw the number of examples per actual and predicted class, mistakes in another colour."""
     cells = confusion_cells(predictions)
     predicted = {row["predicted"] for row in predictions}
     names = list(dict.fromkeys([*metrics["accuracy_of"], *sorted(predicted)]))
@@ -225,7 +225,7 @@ def draw_distorted(train: Split) -> bytes:
 
 
 def with_graph(page: str) -> str:
-    """Return the text of a page with the present graph of the stages."""
+    """Return the text of a page with the current graph of the stages."""
     graph = subprocess.check_output([sys.executable, "-m", "dvc", "dag", "--md"], encoding="utf-8")
     return re.sub("```mermaid\n.*?```", lambda _: graph.strip(), page, flags=re.DOTALL)
 

@@ -1,1 +1,1 @@
-"""What the stages share, one topic per module. A stage never imports another stage."""
+"""Modules that the stages share, one topic each. A stage never imports another stage."""

@@ -18,7 +18,7 @@ from stages.shared.data import Split
 from stages.shared.errors import DamagedError
 from stages.shared.model_file import load_arrays, save_arrays
 
-# Each brings kernels of its own. To list all installed packages would take 0.1 s.
+# Each package has its own kernels. Listing all installed packages would take 0.1 s.
 MLX_PACKAGES = ("mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
 
 
@@ -46,10 +46,10 @@ def code_hash() -> str:
 
 
 def backend() -> tuple[str, ...]:
-    """Return MLX's packages with their versions, the device, and what else decides its bits.
+    """Return MLX's packages with their versions, the device, and all else that decides its bits.
 
-    On Linux CPUs the kernels of OpenBLAS decide the bits of a result. Elsewhere the chip does, and
-    on some GPUs whether products may use TF32.
+    On Linux CPUs the kernels of OpenBLAS decide the bits of a result. Elsewhere the chip decides
+    them and, on some GPUs, the permission to use TF32 in products.
     """
     packages = []
     for name in MLX_PACKAGES:
@@ -80,9 +80,9 @@ def imported_files() -> dict[str, Path]:
 def save_checkpoint(
     path: Path, identity: dict[str, str], model: nn.Module, optimizer: optim.Optimizer, rows: Any
 ) -> None:
-    """Write what the next epoch needs and the history's `rows` to `path`.
+    """Write the state that the next epoch needs and the history's `rows` to `path`.
 
-    `identity` holds hashes of what the run depends on. Only a run with the same ones resumes.
+    `identity` holds hashes of the run's inputs. Only a run with the same hashes resumes.
     """
     state = {"model": model.parameters(), "optimizer": optimizer.state}
     save_arrays(path, dict(tree_flatten(state)), {"identity": identity, "rows": rows})
@@ -93,8 +93,8 @@ def load_checkpoint(
 ) -> list[Any]:
     """Restore `model` and `optimizer` from `path`; return the history's rows.
 
-    Changes nothing and returns no rows if there is no checkpoint. Also prints a note if there is
-    one, but it is damaged or of a run with another `identity`.
+    Changes nothing and returns no rows if there is no checkpoint, or if it is damaged or of a run
+    with another `identity`. In the last two cases, prints a note.
     """
     if not path.is_file():  # a pipe would block
         return []
@@ -108,7 +108,7 @@ def load_checkpoint(
         known = other if isinstance(other, dict) else {}
         changed = [name for name, value in identity.items() if known.get(name) != value]
         reason = f"because of changes in {', '.join(changed)}"
-        print(f"note: {path}: is of another run, {reason}; training starts from the beginning")
+        print(f"note: {path}: belongs to another run, {reason}; training starts from the beginning")
         return []
     state = tree_unflatten(list(arrays.items()))
     model.update(state["model"])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stages.shared.errors import UserError, escape
 
-# What the machine refuses, and the user can allow: permissions, memory, a full or a broken disk.
+# Errors of the machine that the user can fix: permissions, memory, a full or a broken disk.
 MACHINE_ERRORS = (EACCES, EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC, EPERM, EROFS)
 
 

@@ -19,7 +19,7 @@ WRITE_BYTES = 4 << 20  # of images, copied into memory at a time by `save_split`
 GROUP_BYTES = 64 << 20  # of images, shuffled as one group; all of MNIST is less
 BLOCK_BYTES = 256 << 10  # of neighbouring images, read from disk together into a group
 MAX_SAMPLE = 100  # images that `check_contrast` looks at, up to twice as many
-MAX_BLANK = 0.9  # fraction of these that may have a single value
+MAX_BLANK = 0.9  # fraction of these images that may have a single value
 
 
 def check_class_names(names: tuple[str, ...]) -> None:
@@ -36,7 +36,7 @@ def check_class_names(names: tuple[str, ...]) -> None:
 
 
 def images_remedy(images: NDArray[Any]) -> str:
-    """Say how to convert images of another dtype or shape."""
+    """Return the way to convert images of another dtype or shape."""
     if images.ndim not in (3, 4) or 0 in images.shape[1:]:
         return "reshape them with .reshape(-1, rows, columns)"
     if images.dtype.kind == "f":
@@ -45,7 +45,7 @@ def images_remedy(images: NDArray[Any]) -> str:
 
 
 def labels_remedy(labels: NDArray[Any]) -> str:
-    """Say how to convert labels of another dtype or shape."""
+    """Return the way to convert labels of another dtype or shape."""
     if labels.dtype.kind in "US":
         return "get them with class_names, labels = np.unique(labels, return_inverse=True)"
     if labels.ndim == 2:

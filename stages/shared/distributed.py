@@ -119,7 +119,7 @@ def first_difference(facts_of_ranks: list[dict[str, str]]) -> str | None:
 
 
 def run_on_ranks(main: Callable[[Ranks], None]) -> None:
-    """Run `main` as a command line, in this process as one of those that LAUNCHER started."""
+    """Run `main` as a command line. This process is one of the ranks that LAUNCHER started."""
     ranks = Ranks()
     if ranks.size == 1:
         run(partial(main, ranks), argument_parser(sys.modules[main.__module__].__doc__))
@@ -148,7 +148,7 @@ def run_one_rank(main: Callable[[Ranks], None], ranks: Ranks) -> None:
 
 
 def agree_on(line: str, ranks: Ranks) -> str:
-    """Return the line with which all ranks end, when this one ends with `line`.
+    """Agree with all ranks on the line to print at the end. Return it; `line` is of this rank.
 
     A rank that fails before it calls `check_same_on_all_ranks` must call it here, because the other
     ranks wait in it.
@@ -175,8 +175,8 @@ class Shards:
     The tree depends only on the number of shards, so the sum is bitwise identical for any number of
     ranks. Raises `UserError` if the ranks cannot share the shards evenly.
 
-    A layer that normalises by statistics of the minibatch, such as BatchNorm, uses those of its
-    shard. Its running statistics are updated by the mean over the shards, added up as a tree, too.
+    A layer that normalises by statistics of the minibatch, such as BatchNorm, uses its shard's
+    statistics. The mean over the shards, also added as a tree, updates its running statistics.
     """
 
     def __init__(self, count: int, ranks: Ranks) -> None:
@@ -193,14 +193,14 @@ class Shards:
         self.rng = np.random.default_rng()
 
     def seed(self, seed: int) -> None:
-        """Seed the random numbers of MLX, such as those of dropout. Each shard has its own."""
+        """Seed the random numbers of MLX, for example for dropout. Each shard has its own seed."""
         mx.random.seed(seed)
         self.rng = np.random.default_rng(seed)
 
     def value_and_grad(
         self, model: nn.Module, loss_fn: Callable[..., mx.array]
     ) -> Callable[..., Any]:
-        """Return what `nn.value_and_grad` would, computed shard by shard.
+        """Return a function like that of `nn.value_and_grad`, which computes shard by shard.
 
         `loss_fn(model, pixels, labels)` is a mean over examples.
         """

@@ -12,7 +12,7 @@ import msgspec
 from stages.shared.errors import DamagedError, UserError
 
 LOCK = Path("dvc.lock")
-# What file managers write into every folder. DVC ignores them, too: they are in .dvcignore.
+# File managers write these into every folder. DVC ignores them, too: they are in .dvcignore.
 IGNORED_NAMES = (".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX")
 
 
@@ -27,7 +27,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """The last run of a stage, or what `dvc add` wrote to a `.dvc` file."""
+    """The last run of a stage, or the content of a `.dvc` file that `dvc add` wrote."""
 
     deps: list[Entry] = []
     outs: list[Entry] = []
@@ -90,7 +90,7 @@ def recorded_digests(paths: Collection[Path]) -> dict[Path, str]:
 
 
 def record_of_dvc_add(path: Path) -> Path:
-    """Return the file in which `dvc add` records `path`."""
+    """Return the `.dvc` file where `dvc add` records `path`."""
     return path.with_name(f"{path.name}.dvc")
 
 
@@ -137,7 +137,7 @@ def check_regular(path: Path, *, is_inside: bool) -> None:
 
 
 def digest(path: Path) -> str:
-    """Return the MD5 of a file or, for a folder, the MD5 that DVC computes of its list of files.
+    """Return the MD5 of a file, or DVC's MD5 of a folder's list of files.
 
     A folder's digest ends in `.dir`. `IGNORED_NAMES` in it do not count.
     """

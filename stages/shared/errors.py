@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class DamagedError(UserError):
-    """A file whose content is not what it should be."""
+    """A file with damaged content. The error names `make repro` as the remedy."""
 
     def __init__(self, path: Path, problem: str | Exception) -> None:
         line = " ".join(str(problem).split())

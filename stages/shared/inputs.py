@@ -32,7 +32,7 @@ class Inputs:
         definition = stage_definition()
         keys_of_files = param_files(definition)
         self.params = [Params(path, keys) for path, keys in keys_of_files if is_yaml(path)]
-        # The content of params in another format, such as JSON, is compared as that of code is.
+        # Params in another format, such as JSON, are compared by content, as code is.
         paths = [path for path, _ in keys_of_files if not is_yaml(path)]
         paths += map(Path, definition.get("deps", []))
         paths = [path for path in paths if path.exists()]
@@ -66,14 +66,14 @@ class Inputs:
             self.is_noted = True
 
     def remedy(self) -> str:
-        """Return what the user can do about a change."""
+        """Return the remedy for a change."""
         if self.resumes:
             return "set it back and rerun to finish this run at once, or rerun for the new value"
         return "rerun for the new value"
 
 
 class Params:
-    """Params of a YAML file as they are now: all, or those in `keys`, sections or full names."""
+    """Params of a YAML file as they are now. `keys` selects sections or full names; None: all."""
 
     def __init__(self, path: Path, keys: list[str] | None) -> None:
         self.path, self.keys = path, keys
@@ -160,7 +160,7 @@ def param_files(definition: dict[str, Any]) -> list[tuple[Path, list[str] | None
 
 
 def is_yaml(path: Path) -> bool:
-    """Return whether the name of a file is that of a YAML file."""
+    """Return whether a file has the name of a YAML file."""
     return path.suffix in (".yaml", ".yml")
 
 

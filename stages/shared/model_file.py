@@ -22,7 +22,7 @@ MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: enough for about 10,000 arr
 
 
 class Metadata(Struct, frozen=True, forbid_unknown_fields=True):
-    """What it takes to rebuild a model, prepare its images and name its classes.
+    """The data that are needed to rebuild a model, prepare its images and name its classes.
 
     `image_shape` is (rows, columns) or (rows, columns, channels). `class_names` belong to the
     labels 0, 1, .... `preprocessing` is the one of the training split. `backend` describes the GPU

@@ -19,7 +19,7 @@ LIBRARY = Path(sys.prefix) / "lib" / "libopenblas-for-mlx.so"
 def load_openblas(threads: int) -> str:
     """Load OpenBLAS with this many threads on the CPU, before the first matrix product.
 
-    With one thread, OpenBLAS uses one family of kernels, so all CPUs of a kind compute the same
+    With one thread, OpenBLAS uses one family of kernels, so all CPUs of a kind give identical
     bits (docs/reproducibility.md). With more threads, it uses the fastest kernels of this CPU. The
     environment variable OPENBLAS_CORETYPE overrides both. Only the first call in a process counts.
 

@@ -161,7 +161,7 @@ def _parse(text: str) -> Any:
         problem = ", ".join(filter(None, [error.context, error.problem]))
     except RecursionError:
         line, problem = loader.line, "has too many levels; write fewer"
-    except (ValueError, OverflowError):  # from chr(), for an escape such as \U00110000
+    except (ValueError, OverflowError):  # from chr(), such as for \U00110000
         line, problem = loader.line, "has an escape that is not a character; correct it"
     raise ValueError(f"line {line + 1}: {problem}")
 

@@ -57,7 +57,7 @@ def read_splits(
 
 
 def visible(folder: Path) -> list[Path]:
-    """Return the content of a folder, sorted, without hidden files and those of file managers."""
+    """Return the content of a folder, sorted, without hidden files and file managers' files."""
     return sorted(
         path
         for path in folder.iterdir()
@@ -98,9 +98,10 @@ def list_examples(folder: Path) -> Iterator[Example]:
 def hold_out(
     examples: list[Example], fraction: float, rng: np.random.Generator
 ) -> tuple[list[Example], list[Example]]:
-    """Draw a fraction of the examples of each class. Return the others and the drawn ones.
+    """Draw a fraction of the examples of each class. Return the kept and the drawn examples.
 
-    Each class with at least three examples keeps and gives at least one. A note names the others.
+    Of a class with at least three examples, at least one is kept and at least one is drawn. A note
+    names each smaller class.
     """
     by_class: dict[str, list[Example]] = {}
     for example in examples:

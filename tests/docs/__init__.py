@@ -1,1 +1,1 @@
-"""Tests of what the README and docs/ claim. A copy of the project deletes them with docs/."""
+"""Tests of the README and docs/. A copy of the project deletes them together with docs/."""

@@ -1,4 +1,4 @@
-"""What README.md and docs/ claim, and every command that they show."""
+"""The claims of README.md and docs/, and every command that they show."""
 
 import ast
 import os
@@ -116,7 +116,7 @@ def test_promised_accuracy_and_speed_are_those_of_the_evidence() -> None:
 def real_project(tmp_path: Path) -> Project:
     """Clone this repository with the real data, run `dvc repro` and commit the results.
 
-    Its cache has the committed results, but not those of other runs.
+    Its cache has only the committed results.
     """
     cache = ROOT / ".dvc/cache/files"
     if not (cache.is_dir() and (ROOT / MODEL).exists()):

@@ -36,12 +36,12 @@ LAST = "Delete outdated tests"
 
 
 def recipe(page: Path) -> str:
-    """Return all of a page but its last section."""
+    """Return a page without its last section."""
     return page.read_text().replace(section(page, LAST), "")
 
 
 def changed_files(project: Project) -> set[str]:
-    """Return the files that Git lists as changed or new, without params and what DVC writes."""
+    """Return the files that Git lists as changed or new, without params and DVC's files."""
     lines = project.run("git", "status", "--porcelain", "--untracked-files=all").splitlines()
     assert all(line[:2] in (" M", "??", "M ", "A ") for line in lines), lines
     names = {line[3:] for line in lines}
@@ -49,7 +49,7 @@ def changed_files(project: Project) -> set[str]:
 
 
 def check_remaining_tests(project: Project, page: Path) -> None:
-    """Delete tests as the page says. Check that all others load and that the quick ones pass."""
+    """Delete tests as on the page. Check that all other tests load, and the quick ones pass."""
     follow(project, section(page, LAST))
     quick = "import or test_params or plain_loop or schedule or each_class or links"
     printed = project.run("python", "-m", "pytest", "-q", "-x", "-n0", "-k", quick)

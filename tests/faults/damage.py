@@ -37,7 +37,7 @@ class Damage:
 
 
 def output_files(project: Project) -> list[str]:
-    """Return the output files in dvc.lock of this project's stages, and those in output folders."""
+    """Return the output files of this project's stages in dvc.lock, including files in folders."""
     stages = yaml.safe_load(project.read("dvc.lock"))["stages"]
     paths = [
         project.root / out["path"]

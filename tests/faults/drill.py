@@ -91,7 +91,7 @@ def run_and_kill(
 
 
 def clean_up(project: Project) -> bool:
-    """Do what Git and docs/reliability.md say after a kill. Return whether Git's lock was left."""
+    """Clean up after a kill as in docs/reliability.md. Return whether Git's lock was left."""
     lock = project.root / ".git/index.lock"
     was_left = lock.exists()
     lock.unlink(missing_ok=True)

@@ -171,8 +171,8 @@ def test_error_line_of_the_readme_is_what_a_stage_prints(finished: Project) -> N
     assert finished.run("python", "-m", "stages.train", ok=False) == shown
 
 
-def test_code_of_the_readme_prints_five_class_names(finished: Project) -> None:
-    (code,) = blocks(section(README, "Use the model"), "python")
+def test_code_that_loads_the_model_prints_five_class_names(finished: Project) -> None:
+    (code,) = blocks(section(DOCS / "predict.md", "In Python"), "python")
     names = ast.literal_eval(finished.run("python", "-c", code))
     assert len(names) == 5
     assert set(names) <= set(load_split(finished.root / "data/test.npz").class_names)

@@ -133,7 +133,7 @@ def real_project(tmp_path: Path) -> Project:
 @published
 def test_readme_shows_what_its_commands_print(real_project: Project) -> None:
     daily_use = section(README, "Daily use")
-    check_states(daily_use, "learning_rate", "params.yaml", "0.2")
+    check_states(daily_use, "params.yaml", "learning_rate", "0.2")
     comments = re.findall("#.*", real_project.read("params.yaml").decode())
     real_project.set(learning_rate=0.2)
     check_consoles(real_project, daily_use, README)

@@ -91,7 +91,8 @@ lock: .venv/installed
 		--constraint requirements.txt
 	$(LOCK) --output-file .ci/requirements.txt --group lint --constraint requirements.txt
 	$(LOCK) --output-file .ci/uv.txt --group install
-	$(LOCK) --output-file bench/requirements.txt --group bench --constraint requirements.txt
+	[ ! -d bench ] || $(LOCK) --output-file bench/requirements.txt --group bench \
+		--constraint requirements.txt
 	$(LOCK) --output-file .ci/mpi.txt --group mpi
 	$(LOCK) --output-file .ci/remotes.txt --group remotes --constraint requirements.txt
 	$(LOCK) --output-file .ci/search.txt --group search --constraint requirements.txt

@@ -41,6 +41,7 @@ settings.load_profile("project")
 ROOT = Path(__file__).parent.parent
 # On other platforms the last bits of the weights may differ, and with them the metrics.
 SAME_BITS = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 GIT_IDENTITY = {
     f"GIT_{role}_{key}": value
@@ -221,6 +222,15 @@ def use_small_data(project: Project) -> None:
     project.run("dvc", "add", "--quiet", *(f"data/{name}.npz" for name in SMALL))
 
 
+def clone_with_small_data(root: Path) -> Project:
+    """Clone this repository to `root`, with small splits and params that suit them."""
+    project = clone(root)
+    project.run("git", "init", "--quiet", "--initial-branch=main")
+    use_small_data(project)
+    project.set(batch_size=32, num_epochs=5, learning_rate=0.1, threads=1)
+    return project
+
+
 def finish(project: Project) -> None:
     """Run `dvc repro` for the first time and commit the results."""
     commit(project, "Start")
@@ -231,10 +241,7 @@ def finish(project: Project) -> None:
 @pytest.fixture(scope="session")
 def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Clone this repository with small data, run `dvc repro` and commit the results."""
-    project = clone(tmp_path_factory.mktemp("finished"))
-    project.run("git", "init", "--quiet", "--initial-branch=main")
-    use_small_data(project)
-    project.set(batch_size=32, num_epochs=5, learning_rate=0.1, threads=1)
+    project = clone_with_small_data(tmp_path_factory.mktemp("finished"))
     finish(project)
     return project
 

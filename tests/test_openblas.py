@@ -18,7 +18,7 @@ from stages.shared import openblas as openblas_stage
 from stages.shared.data import save_split
 from stages.shared.errors import UserError
 from stages.shared.openblas import ContentionMonitor, CoreUse
-from tests.conftest import ROOT, clone, small_split
+from tests.conftest import PACKAGES, ROOT, clone, small_split
 from tools import openblas
 
 MACHINE = platform.machine()
@@ -100,7 +100,7 @@ def test_order_of_imports_after_stages_does_not_matter(other_import: str) -> Non
     assert output_of(code + LOAD.format(1) + PRODUCT) == output_of(LOAD.format(1) + PRODUCT)
 
 
-@pytest.mark.parametrize("package", ["tools", "tests", "bench"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_package_imports_stages_first(package: str) -> None:
     code = f"import {package}, sys; print('stages' in sys.modules, 'mlx.core' in sys.modules)"
     assert output_of(code) == "True False"

@@ -18,7 +18,7 @@ import pytest
 
 from stages.shared.data import load_split, save_split
 from stages.shared.dvc_lock import digest
-from tests.conftest import ROOT, STAGES, Project, clone, commit
+from tests.conftest import PACKAGES, ROOT, STAGES, Project, clone, commit
 from tests.faults.damage import Damage, all_damages, check_repair
 from tests.faults.drill import check_kills
 
@@ -76,7 +76,7 @@ def test_stages_import_only_shared_modules_and_the_model() -> None:
             assert path.name == "model_file.py"
 
 
-@pytest.mark.parametrize("package", ["bench", "stages", "tests", "tools"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_packages_win_over_installed_ones(package: str, tmp_path: Path) -> None:
     """Mako 1.4.0, for example, installs a top-level package called tools."""
     (tmp_path / package).mkdir()

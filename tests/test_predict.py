@@ -6,17 +6,16 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from stages.model import ModelParams
 from stages.shared.data import load_split
 from stages.shared.errors import UserError
-from stages.shared.model_file import Metadata, load_model, save_model
+from stages.shared.model_file import Metadata, save_model
 from stages.shared.params import read_params
-from tests.conftest import ROOT, SMALL, Project, stale
-from tools.predict import MODEL, load, main
+from tests.conftest import ROOT, SMALL, Project
+from tools.predict import load, main
 
 PARAMS = read_params("model", ModelParams, ROOT / "params.yaml")
 DIGITS = Metadata(PARAMS, (28, 28), tuple("0123456789"), "mnist")
@@ -137,22 +136,3 @@ def test_model_of_unsupported_images(
     pattern = rf"/model: .*{re.escape(str(shape))}.*{preprocessing!r}.*; .*pictures\.py"
     with pytest.raises(UserError, match=pattern):
         load(tmp_path / "model")
-
-
-def test_digits_of_scikit_learn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Check the accuracy that docs/predict.md states for the digits of 8 x 8 pixels."""
-    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn comes with `make lint`")
-    model = ROOT / MODEL
-    if not model.exists() or load_model(model)[1].preprocessing != "mnist":
-        pytest.skip("data/model.safetensors is not there, or no model of digits; see `make repro`")
-    digits = datasets.load_digits()
-    names = [str(tmp_path / f"{number}.png") for number in range(len(digits.target))]
-    for name, image in zip(names, digits.images, strict=True):
-        Image.fromarray((image * (255 / 16)).astype(np.uint8)).save(name)
-    main(names, model, as_json=True)
-    answers = [json.loads(line)["class"] for line in capsys.readouterr().out.splitlines()]
-    accuracy = np.mean(np.array(answers) == digits.target.astype(str))
-    page = (ROOT / "docs/predict.md").read_text()
-    assert f"Of the {len(answers):,} digits in scikit-learn" in page
-    if f"the default model reads {accuracy:.4f}" not in page:
-        stale(f"docs/predict.md has another accuracy than {accuracy:.4f}")

@@ -40,6 +40,7 @@ from tests.docs.pages import (
 )
 from tests.test_significance import DIFFERENCE, detected
 from tools.page import mlp_layers
+from tools.predict import main as classify
 
 MODEL = "data/model.safetensors"
 PACKAGES = ("numpy", "torch")  # in the order of the code blocks that read the weights
@@ -195,6 +196,26 @@ def test_weights_give_the_same_classes_elsewhere(
     printed = Project(root, {}).run("python", "-c", codes[PACKAGES.index(package)])
     labels = predict(model, load_split(root / "data/test.npz")).predicted_labels
     assert ast.literal_eval(printed) == [metadata.class_names[label] for label in labels]
+
+
+def test_predict_page_states_the_accuracy_on_digits_of_scikit_learn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn comes with `make lint`")
+    model = ROOT / MODEL
+    if not model.exists() or load_model(model)[1].preprocessing != "mnist":
+        pytest.skip("data/model.safetensors is missing or no model of digits; see `make repro`")
+    digits = datasets.load_digits()
+    names = [str(tmp_path / f"{number}.png") for number in range(len(digits.target))]
+    for name, image in zip(names, digits.images, strict=True):
+        Image.fromarray((image * (255 / 16)).astype(np.uint8)).save(name)
+    classify(names, model, as_json=True)
+    answers = [json.loads(line)["class"] for line in capsys.readouterr().out.splitlines()]
+    accuracy = np.mean(np.array(answers) == digits.target.astype(str))
+    page = (DOCS / "predict.md").read_text()
+    assert f"Of the {len(answers):,} digits in scikit-learn" in page
+    if f"the default model reads {accuracy:.4f}" not in page:
+        stale(f"docs/predict.md has another accuracy than {accuracy:.4f}")
 
 
 @pytest.mark.docs

@@ -14,14 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import cycle, islice, product
 from pathlib import Path
 
 import psutil
 from tqdm import tqdm
 
-from tests.conftest import Project, commit, finish
+from tests.conftest import STAGES, Project, clone_with_small_data, commit, finish
 from tests.faults import damage, disk
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
@@ -151,16 +151,26 @@ def add_own_stage(project: Project) -> None:
     project.run("dvc", "stage", "add", *deps, "cp ../metrics/accuracy.json notes")
 
 
-def main() -> None:
-    from tests.mnist import running_mirror, small_project  # not in a copy without fetch
+@contextmanager
+def small_projects(folder: Path) -> Iterator[list[Project]]:
+    """Clone this repository WORKERS times to `folder`, with small data."""
+    roots = [folder / str(n) for n in range(WORKERS)]
+    if "fetch" in STAGES:
+        from tests.mnist import running_mirror, small_project
 
+        with running_mirror() as mirror:
+            yield [small_project(root, mirror) for root in roots]
+    else:  # in a copy with other data
+        yield [clone_with_small_data(root) for root in roots]
+
+
+def main() -> None:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     with (
-        running_mirror() as mirror,
         tempfile.TemporaryDirectory() as folder,
+        small_projects(Path(folder)) as projects,
         ThreadPoolExecutor(WORKERS) as pool,
     ):
-        projects = [small_project(Path(folder, str(n)), mirror) for n in range(WORKERS)]
         for project in projects:
             project.set(num_epochs=15)
             commit(project, "Set params")

@@ -179,6 +179,15 @@ def test_code_that_loads_the_model_prints_five_class_names(finished: Project) ->
     assert set(names) <= set(load_split(finished.root / "data/test.npz").class_names)
 
 
+def test_code_for_a_notebook_uses_openblas(finished: Project) -> None:
+    (code,) = blocks(section(DOCS / "predict.md", "In a notebook"), "python")
+    printed = finished.run("python", "-c", code)
+    accuracy = json.loads(finished.read("metrics/accuracy.json"))["accuracy"]
+    lines = printed.splitlines()
+    assert len(lines) == 2  # no note that MLX multiplies by itself
+    assert all(line.startswith(f"{accuracy} ") for line in lines)
+
+
 @pytest.mark.parametrize("data", ["small", "real"])
 @pytest.mark.parametrize("package", PACKAGES)
 def test_weights_give_the_same_classes_elsewhere(

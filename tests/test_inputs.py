@@ -38,7 +38,7 @@ def write_data_again(project: Project) -> None:
 
 def delete_section(project: Project) -> None:
     text = (project.root / "params.yaml").read_text()
-    (project.root / "params.yaml").write_text(text.replace("\nmodel:", "\nnetwork:"))
+    (project.root / "params.yaml").write_text(re.sub("^model:", "network:", text, flags=re.M))
 
 
 CHANGES: dict[str, tuple[Edit, str]] = {
@@ -46,7 +46,7 @@ CHANGES: dict[str, tuple[Edit, str]] = {
         lambda project: project.set(learning_rate=0.001),
         r"params\.yaml: train\.learning_rate changed from 0\.1 to 0\.001",
     ),
-    "section": (delete_section, r"params\.yaml: model\.num_layers changed from .* to missing"),
+    "section": (delete_section, r"params\.yaml: model\.\w+ changed from .* to missing"),
     "half an edit": (
         lambda project: project.append("params.yaml", "trai: [0"),
         r"params\.yaml: line \d+: .*",

@@ -13,7 +13,7 @@ from tests.conftest import ROOT, SAME_BITS, Project
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-PAGES = [README, *sorted(DOCS.glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 METRICS: dict[str, Any] = json.loads((ROOT / "metrics/accuracy.json").read_text())
 
 

@@ -31,13 +31,18 @@ from tests.conftest import (
 from tests.docs.pages import DOCS, blocks, check_consoles, follow, introduction, section
 
 pytestmark = pytest.mark.docs
-DATA, NETWORK, PARAM = (DOCS / f"own-{name}.md" for name in ("data", "network", "param"))
-LAST = "Delete outdated tests"
-
-
-def recipe(page: Path) -> str:
-    """Return a page without its last section."""
-    return page.read_text().replace(section(page, LAST), "")
+NAMES = ("data", "network", "param", "project")
+DATA, NETWORK, PARAM, PROJECT = (DOCS / f"own-{name}.md" for name in NAMES)
+DELETE = "3. Delete what describes MNIST"
+QUICK = "import or test_params or plain_loop or schedule or each_class"
+# It stands for make, which would install the packages, and runs only the quick tests.
+FAKE_MAKE = f"""#!/bin/sh
+case "$1" in
+  lint) ruff check && ruff format --check && mypy ;;
+  repro) dvc repro ;;
+  test) python -m pytest -q -x -n0 -k '{QUICK}' ;;
+esac
+"""
 
 
 def changed_files(project: Project) -> set[str]:
@@ -48,11 +53,19 @@ def changed_files(project: Project) -> set[str]:
     return {name for name in names if not name.startswith(("dvc.", "metrics/", "params.yaml"))}
 
 
-def check_remaining_tests(project: Project, page: Path) -> None:
-    """Delete tests as on the page. Check that all other tests load, and the quick ones pass."""
-    follow(project, section(page, LAST))
-    quick = "import or test_params or plain_loop or schedule or each_class or links"
-    printed = project.run("python", "-m", "pytest", "-q", "-x", "-n0", "-k", quick)
+def delete_outdated(project: Project, *changed: str) -> None:
+    """Delete the documents, and what own-project.md lists for changed "data" and "network"."""
+    documents, data, network = blocks(section(PROJECT, DELETE), "sh")
+    project.run("bash", "-euc", documents)
+    for name, command in (("data", data), ("network", network)):
+        if name in changed:
+            project.run("bash", "-euc", command)
+
+
+def check_remaining_tests(project: Project, *changed: str) -> None:
+    """Delete what is outdated. Check that the other tests load and that the quick ones pass."""
+    delete_outdated(project, *changed)
+    printed = project.run("python", "-m", "pytest", "-q", "-x", "-n0", "-k", QUICK)
     assert re.search(r"^\d{3,} passed, .*\d+ deselected", printed, re.MULTILINE), printed
 
 
@@ -117,7 +130,7 @@ def test_folder_of_pictures(copy: Project, monkeypatch: pytest.MonkeyPatch) -> N
     (letters / "f/text.png").write_text("not a picture")
     line = error_of(stage.main, copy, monkeypatch)
     assert re.fullmatch(r"error: data/letters/f/text\.png: .*decoded.*; .*delete.*", line)
-    check_remaining_tests(copy, DATA)
+    check_remaining_tests(copy, "data")
 
 
 def test_folders_of_splits(copy: Project) -> None:
@@ -142,11 +155,11 @@ def test_arrays(copy: Project) -> None:
     assert copy.repro() == ["train", "evaluate"]
     assert load_split(copy.root / "data/test.npz").images.shape == (20, 8, 8)
     assert accuracy(copy) > 0.8
-    check_remaining_tests(copy, DATA)
+    check_remaining_tests(copy, "data")
 
 
 def test_network(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    follow(finished, recipe(NETWORK))
+    follow(finished, NETWORK.read_text())
     assert changed_files(finished) == {"stages/model.py"}
     assert finished.repro() == ["train", "evaluate"]
     assert accuracy(finished) > 0.5
@@ -157,11 +170,11 @@ def test_network(finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     for image_shape in ((4, 4), (28, 28), (5, 31), (32, 20, 3)):
         model = module.Model(module.ModelParams(num_filters=2, dropout=0.5), image_shape, 7)
         assert model(mx.zeros((3, *image_shape))).shape == (3, 7)
-    check_remaining_tests(finished, NETWORK)
+    check_remaining_tests(finished, "network")
 
 
 def test_param_and_metric(finished: Project) -> None:
-    follow(finished, recipe(PARAM))
+    follow(finished, PARAM.read_text())
     assert changed_files(finished) == {"stages/train.py", "stages/evaluate.py"}
     assert finished.repro() == ["train", "evaluate"]
     metrics = json.loads(finished.read("metrics/accuracy.json"))
@@ -170,7 +183,76 @@ def test_param_and_metric(finished: Project) -> None:
     finished.set(weight_decay=0.1)
     finished.run("python", "-m", "stages.train")
     assert json.loads(finished.read("metrics/training.json"))["train_loss"] > loss
-    check_remaining_tests(finished, PARAM)
+    check_remaining_tests(finished)
+
+
+def test_own_project(copy: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Follow all pages in one copy, run `.ci/run` in a fresh clone of it, take an improvement."""
+    pytest.importorskip("mypy", reason="mypy comes with `make lint`")
+    folder = tmp_path_factory.mktemp("own")
+    first, _ = blocks(section(PROJECT, "1. Copy"), "sh")
+    first = first.replace("YOUR_URL", str(folder / "origin")).replace("URL", str(copy.root))
+    Project(folder, {}).run("bash", "-euc", first)
+    project = Project(folder / "letters", {})
+    save_pictures(project.root / "data/letters", small_split(200, (32, 20, 3), ("a", "b", "c")))
+    follow(project, introduction(DATA))
+    follow(project, section(DATA, "A folder of pictures"))
+    follow(project, NETWORK.read_text())
+    follow(project, PARAM.read_text())
+    delete_outdated(project, "data", "network")
+    (project.root / "README.md").write_text("# Letters\n")
+    follow(project, section(PROJECT, "5. Commit the first results"))
+    assert accuracy(project) > 0.5
+    remote = section(PROJECT, "6. Bring the data to CI")
+    follow(project, remote.replace("/some/folder", str(folder / "storage")))
+    assert project.run("git", "status", "--porcelain") == ""
+    run_ci(project.clone(folder / "fresh"), folder / "bin")
+
+    for name in ("README.md", "docs/speed.md", "docs/new.md", "stages/shared/cli.py", "dvc.lock"):
+        copy.append(name, "# improved\n")
+    commit(copy, "Improve")
+    improvements = section(PROJECT, "7. Take later improvements")
+    merge, finish_merge = blocks(improvements, "sh")
+    project.run("bash", "-euc", merge, ok=False)
+    delete_outdated(project, "data", "network")
+    (keep,) = re.findall("`(git checkout .*?)`", improvements)
+    project.run("bash", "-euc", keep)
+    project.run("bash", "-euc", finish_merge)
+    assert project.read("stages/shared/cli.py").endswith(b"# improved\n")
+    assert project.read("README.md") == b"# Letters\n"
+    assert not (project.root / "docs").exists()
+    assert project.run("git", "status", "--porcelain") == ""
+    assert project.repro() == []
+
+
+def run_ci(project: Project, programs: Path) -> None:
+    """Run `.ci/run` with `FAKE_MAKE`. Skip the tests over MPI and the check of the locks."""
+    scripts = {programs / "make": FAKE_MAKE}
+    for name in ("python", "uv"):
+        scripts[project.root / ".venv/bin" / name] = "#!/bin/sh\n"
+    scripts[project.root / ".venv/bin/dvc"] = '#!/bin/sh\nexec dvc "$@"\n'
+    for path, content in scripts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        path.chmod(0o755)
+    search_path = f"{programs}{os.pathsep}{project.environment()['PATH']}"
+    printed = project.with_variables(PATH=search_path, CI="").run(".ci/run")
+    assert re.search(r"^\d{3,} passed, .*\d+ deselected", printed, re.MULTILINE), printed
+
+
+def test_improvements_reach_a_copy_made_from_a_template(copy: Project, tmp_path: Path) -> None:
+    """A template's copy has the files, but not the history."""
+    project = copy.clone(tmp_path / "own")
+    project.run("rm", "-rf", ".git")
+    commit(project, "Initial commit")
+    _, connect = blocks(section(PROJECT, "1. Copy"), "sh")
+    project.run("bash", "-euc", connect.replace("URL", str(copy.root)))
+    copy.append("stages/shared/cli.py", "# improved\n")
+    copy.run("git", "commit", "--quiet", "--all", "--message=Improve")
+    merge, _ = blocks(section(PROJECT, "7. Take later improvements"), "sh")
+    project.run("bash", "-euc", merge)
+    assert project.read("stages/shared/cli.py").endswith(b"# improved\n")
+    assert project.run("git", "status", "--porcelain") == ""
 
 
 @pytest.mark.parametrize("page", [NETWORK, PARAM], ids=lambda page: page.name)
@@ -180,7 +262,7 @@ def test_page_shows_what_its_commands_print(page: Path, tmp_path: Path) -> None:
     commit(project, "Start")
     project.repro()
     project.run("git", "commit", "--quiet", "--all", "--allow-empty", "--message=Run")
-    follow(project, recipe(page))
+    follow(project, page.read_text())
     check_consoles(project, page.read_text(), page)
 
 

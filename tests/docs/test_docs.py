@@ -1,6 +1,7 @@
 """The claims of README.md and docs/, and every command that they show."""
 
 import ast
+import json
 import os
 import re
 import shutil

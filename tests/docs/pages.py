@@ -164,23 +164,25 @@ def check_consoles(project: Project, text: str, page: Path | None = None) -> Non
         if command == "source .venv/bin/activate":
             continue  # done for all commands
         output = project.run(*pasted(command))
-        if IS_UPDATE and page:
-            updated = updated_output(shown, output)
-            old, shown = f"$ {command}\n{shown}", updated
-            page.write_text(page.read_text().replace(old, f"$ {command}\n{updated}", 1))
-        check_output(visible_lines(shown), visible_lines(output))
+        if IS_UPDATE and page and difference(shown, output):
+            old, shown = shown, updated_output(shown, output)
+            text = page.read_text().replace(f"$ {command}\n{old}", f"$ {command}\n{shown}", 1)
+            page.write_text(text)
+        assert difference(shown, output) is None, difference(shown, output)
         if command.startswith("dvc queue start"):
             project.wait_for_queue()
 
 
-def check_output(shown: list[str], printed: list[str]) -> None:
-    """Check that each shown line is printed, and that nothing else is unless one is "..."."""
-    for line in shown:
+def difference(shown: str, output: str) -> str | None:
+    """Say which shown line is not printed, or that more is printed and no line is "..."."""
+    lines, printed = visible_lines(shown), visible_lines(output)
+    for line in lines:
         pattern = line_pattern(line)
-        assert line == "..." or any(re.fullmatch(pattern, other) for other in printed), (
-            f"{line!r} is missing in {printed}"
-        )
-    assert "..." in shown or len(printed) == len(shown), printed
+        if line != "..." and not any(re.fullmatch(pattern, other) for other in printed):
+            return f"{line!r} is missing in {printed}"
+    if "..." not in lines and len(printed) != len(lines):
+        return f"more is printed: {printed}"
+    return None
 
 
 def follow(project: Project, text: str, before: str = "") -> None:

@@ -36,6 +36,7 @@ from tests.docs.pages import (
     check_states,
     pasted,
     section,
+    updated_output,
     with_extracts,
     with_metrics,
 )
@@ -373,3 +374,33 @@ def test_consoles_are_pasted_into_zsh() -> None:
         check_consoles(project, "```console\n$ echo a # b\na\n```\n")
     with pytest.raises(AssertionError):
         check_consoles(project, "```console\n$ ls [\n```\n")
+
+
+def test_make_docs_changes_only_the_numbers_of_an_excerpt() -> None:
+    shown = "...\naccuracy 0.9506, 95% interval 0.9462 to 0.9547\n...\n"
+    output = "epoch 1\raccuracy 0.9617, 95% interval 0.9578 to 0.9653\nanother line 1\n"
+    assert updated_output(shown, output) == (
+        "...\naccuracy 0.9617, 95% interval 0.9578 to 0.9653\n...\n"
+    )
+    table = "Path  Metric    HEAD     Change\na     accuracy  0.9506   0.01\n"
+    assert updated_output("Path  Metric  HEAD  Change\na  accuracy  1  2\n", table) == table
+    with_any_text = "...\nfile://.../index.html\n| ... [fast] | 0.9 |\n"
+    printed = "file:///tmp/index.html\n| main | 0.8 |\n| a [fast] | 0.9 |\n"
+    assert updated_output(with_any_text, printed) == with_any_text
+
+
+def test_make_docs_renews_code_and_metrics(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    for file, name in (("stages/train.py", "train_epoch"), ("stages/model.py", "Model")):
+        comment = f"<!-- extract: {file} {name} -->\n"
+        page.write_text(f"{comment}```python\nold\n```\ntext\n")
+        code = with_extracts(page.read_text())
+        assert code.startswith(f"{comment}```python\n")
+        assert code.endswith("```\ntext\n")
+        assert f" {name}" in code
+        assert '"""' not in code
+        assert with_extracts(code) == code
+    template = "accuracy {accuracy:.2f}, worst {worst_class}"
+    text = with_metrics(f"<!-- metrics: {template} -->\n```\nold\n```\n")
+    assert f"\naccuracy {METRICS['accuracy']:.2f}, worst " in text
+    assert with_metrics(text) == text

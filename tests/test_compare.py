@@ -192,6 +192,7 @@ def test_experiments_branches_and_tags_are_revisions(finished: Project) -> None:
 def test_revision_that_cannot_be_compared_is_one_line(finished: Project) -> None:
     assert "none-such: is no revision" in error_of(finished, "none-such")
     assert "HEAD~9: is no revision" in error_of(finished, "HEAD~9")
+    assert "--metric f1: " in error_of(finished, "--metric", "f1")
     metrics = json.loads(finished.read("metrics/accuracy.json"))
 
     def write(**changes: Any) -> None:

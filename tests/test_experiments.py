@@ -5,6 +5,7 @@ import random
 import re
 import shlex
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,8 +106,11 @@ def test_only_finished_runs_count() -> None:
 
 
 def test_run_has_params_metrics_and_digests_by_name() -> None:
-    (run,) = finished_runs([{**row("head", seed=7), "experiments": None}])
+    table = row("head", seed=7)
+    table["data"]["params"]["params.yaml"]["data"]["train"]["momentum"] = 0.0
+    (run,) = finished_runs([{**table, "experiments": None}])
     assert (run.seed, run.params) == (7, {"train.momentum": 0})
+    assert json.dumps(run.params) == '{"train.momentum": 0}'
     assert run.digests == {"stages/model.py": "a", "data/test.npz": "b"}
     assert run.inputs == {"stages/model.py": "a"}
     assert run.metrics[ACCURACY] == 0.9
@@ -134,7 +138,8 @@ def test_runs_are_grouped_by_everything_but_the_seed() -> None:
         run_of(0, 0.9),  # the same experiment again
         run_of(1, 0.9),
     ]
-    settings = group(runs, head)
+    same_as_head = replace(head, revision="earlier")  # such as a commit with the same results
+    settings = group([same_as_head, *runs], head)
     found = {
         (setting.any_run.params["momentum"], setting.any_run.inputs["stages/model.py"]): setting
         for setting in settings
@@ -351,7 +356,8 @@ def test_experiments_of_a_clone_are_compared(finished: Project) -> None:
 
 
 def test_mistake_is_one_line(finished: Project) -> None:
-    for arguments in (["--metric=none"], ["momentum"], ["momentun=1"]):
+    mistakes = (["--metric=none"], ["momentum"], ["momentun=1"], ["--json", "HEAD"])
+    for arguments in mistakes:
         line = output_of(finished, *arguments, ok=False)
         assert re.fullmatch("error: .+\n", line)
 

@@ -111,28 +111,32 @@ def compare_seeds(assignments: list[str], metrics: list[str], as_json: bool, mar
 
 
 def main(
-    a: str,
-    b: str,
+    a: str | None,
+    b: str | None,
     last_run: bool,
     seeds: list[str] | None,
     metric: list[str],
     json: bool,
     md: bool,
 ) -> None:
+    if a and (last_run or seeds is not None):
+        raise UserError(f"{a}: --last-run and --seeds take no revision; leave it out")
+    if metric and seeds is None:
+        raise UserError(f"--metric {metric[0]}: is only for --seeds; add --seeds")
     if last_run:
         text = describe_last_run()
     elif seeds is not None:
         text = compare_seeds(seeds, metric, json, md)
     else:
-        found = compare_models(read_results(a), read_results(b))
+        found = compare_models(read_results(a or "HEAD"), read_results(b or WORKSPACE))
         text = to_json(asdict(found)) if json else describe_models(found, md)
     print("\n".join(map(escape, text.split("\n"))))
 
 
 if __name__ == "__main__":
     parser = argument_parser(__doc__)
-    parser.add_argument("a", metavar="A", nargs="?", default="HEAD")
-    parser.add_argument("b", metavar="B", nargs="?", default=WORKSPACE)
+    parser.add_argument("a", metavar="A", nargs="?")
+    parser.add_argument("b", metavar="B", nargs="?")
     question = parser.add_mutually_exclusive_group()
     question.add_argument("--seeds", nargs="*", metavar="PARAM=VALUE", help="compare settings")
     question.add_argument("--last-run", action="store_true", help="compare with the committed run")

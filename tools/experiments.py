@@ -156,7 +156,10 @@ def finished_runs(table: list[dict[str, Any]]) -> Iterator[Run]:
 
 def read_run(data: dict[str, Any]) -> Run:
     """Read the data of a row of `dvc exp show --json`."""
-    params = {name.removeprefix("params.yaml:"): v for name, v in flatten(data["params"])}
+    params = {
+        name.removeprefix("params.yaml:"): comparable(value)
+        for name, value in flatten(data["params"])
+    }
     outs = {path: out["hash"] for path, out in data["outs"].items()}
     deps = {path: dep["hash"] for path, dep in data["deps"].items()}
     return Run(
@@ -171,6 +174,11 @@ def read_run(data: dict[str, Any]) -> Run:
             if isinstance(value, int | float) and math.isfinite(value)
         },
     )
+
+
+def comparable(value: Any) -> Any:
+    """Return a whole number as int: `-S train.momentum=0.0` sets the same value as 0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def flatten(files: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -189,11 +197,16 @@ def group(runs: Iterable[Run], head: Run | None) -> list[Setting]:
     """Group runs by params, code and data, sorted by the values of the params."""
     groups: dict[str, dict[Any, Run]] = {}
     for run in sorted(runs, key=lambda run: (str(type(run.seed)), run.seed)):
-        key = json.dumps([run.params, run.inputs], sort_keys=True, default=str)
-        groups.setdefault(key, {}).setdefault(run.seed, run)
-    settings = [Setting(runs, head in runs.values()) for runs in groups.values()]
+        groups.setdefault(setting_key(run), {}).setdefault(run.seed, run)
+    head_key = setting_key(head) if head else None
+    settings = [Setting(runs, key == head_key) for key, runs in groups.items()]
     names = varying_params(settings)
     return sorted(settings, key=lambda setting: [sort_key(setting, name) for name in names])
+
+
+def setting_key(run: Run) -> str:
+    """Return text that is equal for two runs if they have everything but the seed in common."""
+    return json.dumps([run.params, run.inputs], sort_keys=True, default=str)
 
 
 def sort_key(setting: Setting, name: str) -> tuple[bool, float, str]:

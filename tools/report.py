@@ -21,7 +21,7 @@ Table = list[list[str]]
 
 def format_table(table: Table, markdown: bool) -> str:
     """Align the columns of a table, whose first row is the header."""
-    cells = [[cell.replace("|", r"\\|") for cell in row] for row in table] if markdown else table
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in table] if markdown else table
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     if markdown:
         cells.insert(1, ["-" * width for width in widths])

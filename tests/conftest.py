@@ -163,6 +163,8 @@ class Project:
     def wait_for_queue(self) -> None:
         """Wait until the experiments in the queue have run."""
         while re.search("Queued|Running", status := self.run("dvc", "queue", "status")):
+            if "Queued" in status and "0 active, 0 idle" in status:
+                self.run("dvc", "queue", "start")  # an earlier `stop --kill` ended this worker
             time.sleep(2)  # the command itself takes a second of CPU time
         assert "Failed" not in status
         self.run("dvc", "queue", "stop", "--kill")  # a worker may miss its end

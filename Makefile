@@ -123,8 +123,8 @@ LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy f
 	$(TOUCH)
 
 .ci/%.txt:
-	@echo >&2 "error: $@: not found; copy the hidden files, too: cp -r PROJECT/. COPY, or git clone"
-	@exit 1
+	@[ -e $@ ] || { echo >&2 "error: $@: not found; copy the hidden files, too:" \
+		"cp -r PROJECT/. COPY, or git clone"; exit 1; }
 
 .venv/lint-installed: .ci/requirements.txt .venv/installed
 	@$(INSTALL) -r .ci/requirements.txt

@@ -239,6 +239,7 @@ def test_other_type_is_not_called_damaged(tmp_path: Path) -> None:
 def test_own_data_set_needs_one_entry(copy: Project) -> None:
     arrays = (array(300, 5, 7, 3), array(300), array(20, 5, 7, 3), array(20))
     for images in arrays[::2]:
+        images *= 255
         images[:, 0] = 0
     files = dict(zip(SMALL, map(idx, arrays), strict=True))
     write_files(copy.root / "plants", files)

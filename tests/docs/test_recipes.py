@@ -83,7 +83,7 @@ def load(project: Project, file: str, monkeypatch: pytest.MonkeyPatch) -> Module
 def copy(tmp_path: Path) -> Project:
     """Clone this repository, with params that suit small data, and commit it."""
     project = clone(tmp_path)
-    project.set(batch_size=16, shards=1, num_epochs=5, learning_rate=0.1, momentum=0, threads=1)
+    project.set(batch_size=16, shards=1, num_epochs=20, learning_rate=0.02, momentum=0, threads=1)
     project.set(learning_rate_schedule="constant", device="cpu")
     project.set("augment", **dict.fromkeys(project.params()["augment"], 0))
     commit(project, "Start")

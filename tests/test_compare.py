@@ -218,3 +218,4 @@ def test_another_test_split_of_the_same_size_is_noted(finished: Project) -> None
     finished.run("dvc", "commit", "--force", "data/test.npz.dvc")
     finished.repro()
     assert re.search("^note: data/test.npz", compare(finished), re.MULTILINE)
+    assert last_run(finished) == "changed code or data: data/test.npz"  # not the accuracies

@@ -45,6 +45,12 @@ class Results:
         deps = [dep for stage in stages for dep in self.stages[stage].deps]
         return {dep.path: dep.md5 for dep in deps if dep.path not in made}
 
+    @property
+    def test_split(self) -> str | None:
+        """The digest of the test split, if it is recorded."""
+        digests = self.inputs(self.stages) | self.outs(self.stages)
+        return digests.get(TEST_SPLIT)
+
 
 def read_results(name: str) -> Results:
     """Read the results of a revision, or of the workspace. Files that do not exist are empty."""
@@ -124,7 +130,9 @@ def describe_difference(before: Results, after: Results, stages: list[str]) -> s
 
 
 def accuracy_change(before: Results, after: Results) -> str:
-    """Describe both accuracies and their difference; no text if one of them is missing."""
+    """Describe both accuracies and their difference; no text if they cannot be compared."""
+    if before.test_split != after.test_split:
+        return ""
     try:
         old, new = before.metrics["accuracy"], after.metrics["accuracy"]
         return f"; accuracy {old:.4f} -> {new:.4f} ({new - old:+.4f})"
@@ -166,8 +174,7 @@ def compare_models(a: Results, b: Results) -> ModelComparison:
         problem = f"its classes differ from the classes of {a.name}"
         raise UserError(f"{b.name}: {problem}; compare models with one test split")
     notes = []
-    digests = [results.inputs(results.stages) | results.outs(results.stages) for results in (a, b)]
-    if digests[0].get(TEST_SPLIT) != digests[1].get(TEST_SPLIT):
+    if a.test_split != b.test_split:
         notes.append(f"note: {TEST_SPLIT} differs, so the examples may not be the same")
     wrong_a, wrong_b = set(a.mistakes or ()), set(b.mistakes or ())
     became_right, became_wrong = len(wrong_a - wrong_b), len(wrong_b - wrong_a)

@@ -34,6 +34,7 @@ from tests.docs.pages import (
     check_consoles,
     check_or_update,
     check_states,
+    line_pattern,
     pasted,
     section,
     updated_output,
@@ -164,6 +165,34 @@ def test_predict_page_shows_what_its_commands_print(real_project: Project) -> No
     Image.fromarray(photo.astype(np.uint8)).convert("RGB").save(real_project.root / "photo.jpg")
     page = DOCS / "predict.md"
     check_consoles(real_project, page.read_text(), page)
+
+
+@pytest.mark.docs
+@published
+def test_experiments_of_the_tour_print_what_the_page_shows(real_project: Project) -> None:
+    """Run each experiment in a Python of its own, after the imports that the page shows first."""
+    pattern = "^<!-- extract: .*? -->\n```python\n.*?^```$"
+    typed = re.sub(pattern, "", (DOCS / "tour.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    (imports, _), *experiments = re.findall(
+        r"^```python\n((?:(?!```).*\n)*)```\n(?:\n```\n((?:(?!```).*\n)*))?", typed, re.MULTILINE
+    )
+    assert any(shown for _, shown in experiments)
+    for code, shown in experiments:
+        assert len(code.splitlines()) == 3
+        printed = real_project.run("python", "-c", imports + code)
+        if shown:  # the others print times
+            assert re.fullmatch(line_pattern(shown), printed), printed
+
+
+@pytest.mark.docs
+@published
+def test_exercises_of_the_tour_have_the_outcome_that_it_states(real_project: Project) -> None:
+    exercises = section(DOCS / "tour.md", "Exercises")
+    old, new = re.findall(r"`(mx\.\w+\(\w+\))`", exercises)
+    code = real_project.root / "stages/train.py"
+    assert f"        {old}\n" in code.read_text()
+    code.write_text(code.read_text().replace(f"        {old}\n", f"        {new}\n"))
+    check_consoles(real_project, exercises)
 
 
 @published

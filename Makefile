@@ -114,11 +114,11 @@ LOCK := .venv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy f
 		"$$PWD" ": \" \$$ \` or \\"; exit 1 ;; esac
 	@echo "Installing the packages of $(REQUIREMENTS) into .venv"
 	@rm -f $@  # an interrupted installation must not look finished
-	"$(PYTHON)" -m venv --clear .venv; status=$$?; echo "$(CHOSEN_GPU)" > .venv/gpu; exit $$status
-	.venv/bin/python $(PIP_INSTALL) -r .ci/uv.txt
+	@"$(PYTHON)" -m venv --clear .venv; status=$$?; echo "$(CHOSEN_GPU)" > .venv/gpu; exit $$status
+	@.venv/bin/python $(PIP_INSTALL) -r .ci/uv.txt
 	@$(INSTALL) -r $(REQUIREMENTS)
-	.venv/bin/python -m tools.openblas
-	.venv/bin/python -c "import vl_convert as vl; print(vl.javascript_bundle(vl_version='5.21'))" \
+	@.venv/bin/python -m tools.openblas
+	@.venv/bin/python -c "import vl_convert as vl; print(vl.javascript_bundle(vl_version='5.21'))" \
 		> .venv/vega.js  # for .dvc/plots.html
 	$(TOUCH)
 

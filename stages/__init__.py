@@ -18,14 +18,20 @@ if sys.platform == "linux":
     sys.setdlopenflags(os.RTLD_LAZY)
 
 
-def explain_missing_gpu(
+def explain_import_error(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """Print one line if MLX's CUDA build finds no driver or no GPU, else the usual traceback.
+    """Print one line if the user can fix the import, else the usual traceback.
 
-    Without them `import mlx.core` fails at the top of a stage or a tool, outside of any `try`.
+    The environment may not be activated. Without a driver or a GPU, MLX's CUDA build cannot be
+    imported. Both errors occur at the top of a stage or a tool, outside of any `try`.
     """
-    if isinstance(error, ImportError) and str(error).startswith(("libcuda.so", "cuda")):
+    in_environment = sys.prefix != sys.base_prefix
+    if isinstance(error, ModuleNotFoundError) and Path(".venv").is_dir() and not in_environment:
+        sys.stderr.write(
+            f"error: {error.name}: not installed in this Python; run `source .venv/bin/activate`\n"
+        )
+    elif isinstance(error, ImportError) and str(error).startswith(("libcuda.so", "cuda")):
         sys.stderr.write(
             f"error: MLX: {error}; the CUDA build needs an NVIDIA GPU with driver 580 or newer,"
             " also for train.device cpu; install the CPU build with `make setup GPU=`\n"
@@ -35,7 +41,7 @@ def explain_missing_gpu(
 
 
 show_traceback = sys.excepthook
-sys.excepthook = explain_missing_gpu
+sys.excepthook = explain_import_error
 
 
 def file_stats(path: Path) -> tuple[int, int, int]:

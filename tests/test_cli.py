@@ -99,6 +99,20 @@ def test_missing_gpu_of_the_cuda_build_is_one_line(
     assert re.fullmatch(rf"error: MLX: {re.escape(problem)}; .*`make setup GPU=`\n", line)
 
 
+@pytest.mark.parametrize("module", ["stages.train", "tools.compare", "tools.predict"])
+def test_python_without_the_packages_is_one_line(module: str, tmp_path: Path) -> None:
+    """As `python3` of the system is, if the environment is not activated."""
+    (tmp_path / ".venv").mkdir()
+    for folder in ("stages", "tools"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    python = [sys._base_executable, "-I", "-S", "-c"]  # type: ignore[attr-defined]
+    start = (
+        "import sys, runpy; sys.path.insert(0, '.'); runpy.run_module(sys.argv[1], {}, '__main__')"
+    )
+    line = Project(tmp_path, {}).run(*python, start, module, ok=False)
+    assert re.fullmatch("error: .*not installed.*`source .venv/bin/activate`\n", line)
+
+
 @pytest.mark.parametrize("code", ["import no_such_module", "from os import cuda"])
 def test_other_import_error_keeps_its_traceback(code: str, tmp_path: Path) -> None:
     (tmp_path / "mlx").mkdir()

@@ -189,9 +189,16 @@ def test_experiments_branches_and_tags_are_revisions(finished: Project) -> None:
     assert "train.num_epochs" in compare(finished, "main", "short")
 
 
+def test_params_edited_after_the_last_run_are_an_error(finished: Project) -> None:
+    finished.set(num_epochs=1)
+    assert "train.num_epochs is 1" in error_of(finished)
+    assert "`dvc repro`" in error_of(finished, "HEAD", "workspace")
+    assert json.loads(compare(finished, "HEAD", "HEAD", "--json"))["params"] == {}
+
+
 def test_revision_that_cannot_be_compared_is_one_line(finished: Project) -> None:
-    assert "none-such: is no revision" in error_of(finished, "none-such")
-    assert "HEAD~9: is no revision" in error_of(finished, "HEAD~9")
+    assert "none-such: unknown revision" in error_of(finished, "none-such")
+    assert "HEAD~9: unknown revision" in error_of(finished, "HEAD~9")
     assert "--metric f1: " in error_of(finished, "--metric", "f1")
     metrics = json.loads(finished.read("metrics/accuracy.json"))
 

@@ -29,6 +29,7 @@ from tools.experiments import (
     find_baseline,
     finished_runs,
     group,
+    note_unfinished,
     override,
     queue_command,
     resolve_metric,
@@ -80,11 +81,14 @@ def experiment(
     revision: str, state: str | None = None, error: dict[str, str] | None = None
 ) -> dict[str, Any]:
     executor = state and {"state": state}
-    return {"executor": executor, "revs": [{**row(revision), "error": error}]}
+    return {"executor": executor, "revs": [{**row(revision), "name": revision, "error": error}]}
 
 
-def test_only_finished_runs_count() -> None:
-    failed = {"executor": {"state": "failed"}, "revs": [{"rev": "f", "data": None, "error": {}}]}
+def test_only_finished_runs_count(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = {
+        "executor": {"state": "failed"},
+        "revs": [{"rev": "f", "name": "f", "data": None, "error": {}}],
+    }
     running = experiment("r", "running")
     running["revs"][0]["data"]["rev"] = "workspace"  # with the metrics of its commit
     experiments = [
@@ -100,6 +104,10 @@ def test_only_finished_runs_count() -> None:
         {**row("head"), "experiments": experiments},
     ]
     assert [run.revision for run in finished_runs(table)] == ["head", "a", "b"]
+    note_unfinished(table)
+    assert re.fullmatch(
+        "note: .* 1 queued, 1 running, 1 failed; .*`dvc queue status`.*\n", capsys.readouterr().err
+    )
     without_accuracy = row("x")
     del without_accuracy["data"]["metrics"]["metrics/accuracy.json"]
     assert list(finished_runs([{**without_accuracy, "experiments": None}])) == []
@@ -302,7 +310,8 @@ def test_override_keeps_the_type_of_a_value(value: Any) -> None:
 
 
 def report(project: Project, *arguments: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(output_of(project, "--json", *arguments))
+    text = re.sub("^note: .*\n", "", output_of(project, "--json", *arguments))
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
@@ -331,7 +340,6 @@ def test_experiments_of_a_clone_are_compared(finished: Project) -> None:
     assert TOO_FEW in text
     for command in re.findall("dvc exp run .*", text):
         finished.run(*shlex.split(command))
-    assert report(finished)["settings"][0]["seeds"] == [0, 1]  # the others are in the queue
     finished.run("git", "commit", "--quiet", "--allow-empty", "--message=Another commit")
     finished.run(*["dvc", "exp", "run", "--quiet", "--run-all"])
 

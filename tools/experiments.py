@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,8 @@ VALIDATION_SPLIT, TEST_SPLIT = "data/validation.npz", "data/test.npz"
 TOO_FEW, NOT_SHOWN = "too few seeds", "no difference shown"
 OTHER_EXAMPLES = "measured on other examples"
 MOST_SEEDS = 100  # more are not suggested
+UNFINISHED = ("queued", "running", "failed")
+SHOW_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,36 @@ def collect_runs() -> tuple[Run | None, list[Run]]:
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
     for commit in sorted({head, *commits}):
         command += ["--rev", commit]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    for _ in range(SHOW_ATTEMPTS):
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+        # It fails if a running experiment creates or deletes its temporary folder meanwhile.
+        if not (done.returncode and ".dvc/tmp/exps" in done.stderr):
+            break
+        time.sleep(1)
     if done.returncode:
+        if ".dvc/tmp/exps" in done.stderr:
+            remedy = "rerun when `dvc queue status` lists no running experiment"
+            raise UserError(f"dvc exp show: failed while experiments start or end; {remedy}")
         problem = " ".join(done.stderr.split()).removeprefix("ERROR: ")
         raise UserError(f"dvc exp show: {problem:.300}; fix that and rerun")
-    runs = list(finished_runs(json.loads(done.stdout)))
+    table = json.loads(done.stdout)
+    note_unfinished(table)
+    runs = list(finished_runs(table))
     return next((run for run in runs if run.revision == head), None), runs
+
+
+def note_unfinished(table: list[dict[str, Any]]) -> None:
+    """Print a note about experiments that are queued or running, or that failed."""
+    names: dict[str, set[str]] = {}
+    for commit in table:
+        for experiment in commit["experiments"] or []:
+            if experiment["executor"]:
+                state = experiment["executor"]["state"]
+                names.setdefault(state, set()).add(experiment["revs"][0]["name"])
+    counts = [f"{len(names[state])} {state}" for state in UNFINISHED if state in names]
+    if counts:
+        remedy = "`dvc queue status` lists them, `dvc queue logs NAME` shows why one failed"
+        print(f"note: without experiments that are {', '.join(counts)}; {remedy}", file=sys.stderr)
 
 
 def finished_runs(table: list[dict[str, Any]]) -> Iterator[Run]:

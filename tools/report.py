@@ -46,7 +46,10 @@ def describe_models(found: ModelComparison, markdown: bool) -> str:
     table.append(["accuracy", *(f"{accuracy:.4f}" for accuracy in found.accuracies)])
     examples = f"{found.examples:,} test examples" if found.examples else "the test examples"
     counts = f"{found.became_right:,} became right and {found.became_wrong:,} became wrong"
-    lines = [f"Of {examples}, {counts} (McNemar's exact test: p = {found.p:.2g})."]
+    lines = [
+        f"From {found.names[0]} to {found.names[1]}, of {examples}, {counts}.",
+        f"McNemar's exact test gives p = {found.p:.2g}.",
+    ]
     if found.p < LEVEL:
         lines += [
             "The difference between these two models is larger than the sampling error of the test"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from stages.shared.dvc_lock import Stage, stages_of
 from stages.shared.errors import UserError
 from tools.provenance import git
@@ -52,6 +54,17 @@ class Results:
         return digests.get(TEST_SPLIT)
 
 
+def check_params_are_recorded(results: Results) -> None:
+    """Raise `UserError` if params.yaml was edited after the last run in the workspace."""
+    text = read_file(None, "params.yaml")
+    current = Stage(params={"params.yaml": yaml.safe_load(text) or {}}).named_params()
+    recorded = results.params(results.stages)
+    for name, (old, new) in changes(recorded, current).items():
+        if name in recorded and name in current:
+            problem = f"{name} is {new}, but the results in the workspace are of {old}"
+            raise UserError(f"params.yaml: {problem}; run `dvc repro`")
+
+
 def read_results(name: str) -> Results:
     """Read the results of a revision, or of the workspace. Files that do not exist are empty."""
     revision = None if name == WORKSPACE else find_revision(name)
@@ -74,7 +87,7 @@ def find_revision(name: str) -> str:
     except UserError:
         if len(experiments) == 1:
             return experiments[0]
-        problem = "several experiments have this name" if experiments else "is no revision"
+        problem = "several experiments have this name" if experiments else "unknown revision"
     remedy = "name a commit, a branch, a tag or an experiment (`git log`, `dvc exp list -A`)"
     raise UserError(f"{name}: {problem}; {remedy}")
 
@@ -109,7 +122,7 @@ def describe_last_run() -> str:
     stages = [name for name in before.stages if name in after.stages]
     line = describe_difference(before, after, stages)
     if new := [name for name in after.stages if name not in before.stages]:
-        line += f"; without the new stages {', '.join(new)}"
+        line += f"; not compared: new stages {', '.join(new)}"
     return line
 
 
@@ -173,6 +186,9 @@ def compare_models(a: Results, b: Results) -> ModelComparison:
     if all(classes) and classes[0] != classes[1]:
         problem = f"its classes differ from the classes of {a.name}"
         raise UserError(f"{b.name}: {problem}; compare models with one test split")
+    for results in (a, b):
+        if results.name == WORKSPACE:
+            check_params_are_recorded(results)
     notes = []
     if a.test_split != b.test_split:
         notes.append(f"note: {TEST_SPLIT} differs, so the examples may not be the same")

@@ -298,7 +298,9 @@ def test_sweep_over_hosts_gives_the_weights_of_a_queue(finished: Project, tmp_pa
 
 @pytest.mark.docs
 def test_branches_that_both_trained_can_be_merged(finished: Project) -> None:
-    (commands,) = blocks(section(DOCS / "sharing.md", "Merge two branches with different results"), "sh")
+    (commands,) = blocks(
+        section(DOCS / "sharing.md", "Merge two branches with different results"), "sh"
+    )
     finished.run("git", "switch", "--quiet", "--create", "other")
     for branch, params in (("other", {"batch_size": 40}), ("main", {"momentum": 0.5})):
         finished.run("git", "switch", "--quiet", branch)

@@ -90,9 +90,11 @@ class Project:
     def environment(self) -> dict[str, str]:
         """Return the environment for commands, in which the packages are activated."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        # Below `make test`, a make would print the folders that it enters.
+        outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
         # As `make setup` configures it: no state outside the clone.
         databases = {"DVC_SITE_CACHE_DIR": str(self.root / ".dvc/site_cache")}
-        return {**os.environ, **GIT_IDENTITY, **databases, "PATH": path, **self.extra}
+        return {**outer, **GIT_IDENTITY, **databases, "PATH": path, **self.extra}
 
     def with_variables(self, **variables: str) -> "Project":
         """Return the same clone with more environment variables."""

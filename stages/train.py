@@ -33,6 +33,7 @@ from stages.shared.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from stages.shared.contention import ContentionMonitor
 from stages.shared.data import Split, load_split, shuffled_indices
 from stages.shared.distributed import Ranks, Shards, run_on_ranks
 from stages.shared.dvc_lock import digest
@@ -41,7 +42,7 @@ from stages.shared.files import save_csv, save_json
 from stages.shared.inputs import Inputs
 from stages.shared.metrics import normalize, predict
 from stages.shared.model_file import Metadata, flat_parameters, save_model
-from stages.shared.openblas import ContentionMonitor, load_openblas
+from stages.shared.openblas import load_openblas
 from stages.shared.params import read_params
 
 TRAIN, VALIDATION = Path("data/train.npz"), Path("data/validation.npz")

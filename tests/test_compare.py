@@ -190,6 +190,14 @@ def test_experiments_branches_and_tags_are_revisions(finished: Project) -> None:
 
 
 def test_params_edited_after_the_last_run_are_an_error(finished: Project) -> None:
+    text = finished.read("params.yaml").decode()
+    number = finished.params()["train"]["learning_rate"]
+    finished.append("params.yaml", "\tbroken")
+    assert "params.yaml: " in error_of(finished)
+    (finished.root / "params.yaml").write_text(
+        re.sub(r"learning_rate: \S+", f"learning_rate: {number * 10}e-1", text)
+    )
+    assert "same params" in compare(finished)  # the same value in another form
     finished.set(num_epochs=1)
     assert "train.num_epochs is 1" in error_of(finished)
     assert "`dvc repro`" in error_of(finished, "HEAD", "workspace")
@@ -210,8 +218,9 @@ def test_revision_that_cannot_be_compared_is_one_line(finished: Project) -> None
     assert f"{metrics['examples'] + 1} examples" in error_of(finished)
     write(accuracy_of={"dog": 1.0})
     assert "classes" in error_of(finished)
-    (finished.root / "metrics/accuracy.json").write_text("{")
-    assert "workspace: metrics/accuracy.json" in error_of(finished)
+    for text in ("{", "[]", '{"accuracy": "high"}', '{"accuracy_of": 1}'):
+        (finished.root / "metrics/accuracy.json").write_text(text)
+        assert "workspace: metrics/accuracy.json" in error_of(finished)
     finished.run("git", "checkout", "--quiet", "metrics")
     (finished.root / "metrics/mistakes.csv").write_bytes(b"\x00\xff,\n\xff")
     assert "workspace: " in error_of(finished)

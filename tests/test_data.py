@@ -260,33 +260,21 @@ def test_zip_headers_do_not_depend_on_the_version_of_python(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("convert", "remedy"),
+    ("name", "convert", "remedy"),
     [
-        (lambda images: images.astype(np.float32) / 255, "scale them to 0 to 255"),
-        (lambda images: images.astype(np.int64), "convert them"),
-        (lambda images: images.reshape(len(images), -1), "reshape(-1, rows, columns)"),
+        ("images", lambda images: images.astype(np.float32) / 255, "scale them to 0 to 255"),
+        ("images", lambda images: images.astype(np.int64), "convert them"),
+        ("images", lambda images: images.reshape(len(images), -1), ".reshape(-1, rows, columns)"),
+        ("labels", lambda labels: labels.astype(np.int32), ".astype(np.uint8)"),  # as in QMNIST
+        ("labels", lambda labels: labels.astype(str), "np.unique(labels, return_inverse=True)"),
+        ("labels", lambda labels: labels[:, None], ".ravel()"),
+        ("labels", lambda labels: np.eye(3)[labels], ".argmax(axis=1)"),
     ],
 )
-def test_images_of_other_types_come_with_a_remedy(
-    convert: Callable[[NDArray[Any]], NDArray[Any]], remedy: str
+def test_other_types_come_with_a_remedy(
+    name: str, convert: Callable[[NDArray[Any]], NDArray[Any]], remedy: str
 ) -> None:
     split = small_split(9)
-    with pytest.raises(ValueError, match=f"images are .*{re.escape(remedy)}"):
-        replace(split, images=convert(split.images))
-
-
-@pytest.mark.parametrize(
-    ("convert", "remedy"),
-    [
-        (lambda labels: labels.astype(np.int32), ".astype(np.uint8)"),  # as in QMNIST
-        (lambda labels: labels.astype(str), "np.unique(labels, return_inverse=True)"),
-        (lambda labels: labels[:, None], ".ravel()"),
-        (lambda labels: np.eye(3)[labels], ".argmax(axis=1)"),
-    ],
-)
-def test_labels_of_other_types_come_with_a_remedy(
-    convert: Callable[[NDArray[Any]], NDArray[Any]], remedy: str
-) -> None:
-    split = small_split(9)
-    with pytest.raises(ValueError, match=f"labels are .*{re.escape(remedy)}"):
-        replace(split, labels=convert(split.labels))
+    with pytest.raises(ValueError, match=f"{name} are .*{re.escape(remedy)}"):
+        arrays: dict[str, Any] = {name: convert(getattr(split, name))}
+        replace(split, **arrays)

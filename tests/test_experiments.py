@@ -18,7 +18,6 @@ from tools.experiments import (
     NOT_SHOWN,
     OTHER_EXAMPLES,
     SEED,
-    TEST_SPLIT,
     TOO_FEW,
     VALIDATION_ACCURACY,
     VALIDATION_SPLIT,
@@ -35,6 +34,7 @@ from tools.experiments import (
     resolve_metric,
 )
 from tools.report import MOST_SUGGESTIONS, describe_settings, short_names
+from tools.revisions import TEST_SPLIT
 from tools.significance import FEWEST_PAIRS
 
 DIGESTS = {VALIDATION_SPLIT: "1", TEST_SPLIT: "2", "stages/model.py": "3"}
@@ -98,6 +98,7 @@ def test_only_finished_runs_count(capsys: pytest.CaptureFixture[str]) -> None:
         experiment("d", error={"type": "any", "msg": "broken"}),
         failed,
         running,
+        {**running, "executor": {"state": "queued"}},  # DVC lists it twice
     ]
     table = [
         {**row("workspace"), "experiments": None},
@@ -157,6 +158,12 @@ def test_runs_are_grouped_by_everything_but_the_seed() -> None:
     assert found[0, "3"].is_head
     assert not found[0, "other"].is_head
     assert found[0.5, "3"].values(VALIDATION_ACCURACY) == {0: 0.7, 1: 0.8}
+
+
+def test_runs_without_a_seed_are_one_group() -> None:
+    runs = [replace(run_of(0, 0.9), seed=None) for _ in range(2)]
+    (setting,) = group(runs, None)
+    assert list(setting.runs) == [None]
 
 
 def test_baseline_is_head_or_has_the_named_params() -> None:

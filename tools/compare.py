@@ -21,6 +21,7 @@ from stages.shared.cli import argument_parser, run
 from stages.shared.errors import UserError, escape
 from tools.experiments import (
     ACCURACY,
+    SEED,
     VALIDATION_ACCURACY,
     Comparison,
     Setting,
@@ -97,6 +98,8 @@ def compare_seeds(assignments: list[str], metrics: list[str], as_json: bool, mar
     head, runs = collect_runs()
     if not runs:
         raise UserError("HEAD: no run has results; run `dvc repro` and commit, or `dvc exp run`")
+    if all(run.seed is None for run in runs):
+        raise UserError(f"params.yaml: has no {SEED}, which pairs the runs; add it")
     asked = [resolve_metric(name, runs) for name in metrics]
     shown = [name for name in DEFAULT_METRICS if any(name in run.metrics for run in runs)]
     shown = list(dict.fromkeys([*shown, *asked]))

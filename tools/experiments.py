@@ -14,20 +14,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import yaml
-
 from stages.shared.errors import UserError
+from stages.shared.inputs import flatten
+from stages.shared.params import read_sections
 from tools.provenance import git
+from tools.revisions import TEST_SPLIT
 from tools.significance import FEWEST_PAIRS, LEVEL, PairedTest, holm, paired_test, pairs_needed
 
 SEED = "train.seed"
 ACCURACY = "metrics/accuracy.json:accuracy"
 VALIDATION_ACCURACY = "metrics/training.json:validation_accuracy"
-VALIDATION_SPLIT, TEST_SPLIT = "data/validation.npz", "data/test.npz"
+VALIDATION_SPLIT = "data/validation.npz"
 TOO_FEW, NOT_SHOWN = "too few seeds", "no difference shown"
 OTHER_EXAMPLES = "measured on other examples"
 MOST_SEEDS = 100  # more are not suggested
@@ -122,40 +122,63 @@ def collect_runs() -> tuple[Run | None, list[Run]]:
     Experiments count, whatever commit they started from.
     """
     head = git("rev-parse", "--verify", "HEAD").strip()
-    refs = git("for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
-    # An experiment is refs/exps/AA/BBBB.../NAME, where AABBBB... is the commit it started from.
-    parts = [ref.split("/") for ref in refs]
-    commits = {part[2] + part[3] for part in parts if len(part) == 5 and len(part[2]) == 2}
-    command = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
-    for commit in sorted({head, *commits}):
-        command += ["--rev", commit]
-    for _ in range(SHOW_ATTEMPTS):
-        done = subprocess.run(command, capture_output=True, encoding="utf-8")
-        # It fails if a running experiment creates or deletes its temporary folder meanwhile.
-        if not (done.returncode and ".dvc/tmp/exps" in done.stderr):
-            break
-        time.sleep(1)
-    if done.returncode:
-        if ".dvc/tmp/exps" in done.stderr:
-            remedy = "rerun when `dvc queue status` lists no running experiment"
-            raise UserError(f"dvc exp show: failed while experiments start or end; {remedy}")
-        problem = " ".join(done.stderr.split()).removeprefix("ERROR: ")
-        raise UserError(f"dvc exp show: {problem:.300}; fix that and rerun")
-    table = json.loads(done.stdout)
+    table = show_experiments({head, *commits_with_experiments()})
     note_unfinished(table)
     runs = list(finished_runs(table))
     return next((run for run in runs if run.revision == head), None), runs
 
 
-def note_unfinished(table: list[dict[str, Any]]) -> None:
-    """Print a note about experiments that are queued or running, or that failed."""
-    names: dict[str, set[str]] = {}
+def commits_with_experiments() -> set[str]:
+    """Return the commits from which experiments started.
+
+    An experiment is the reference refs/exps/AA/BBBB.../NAME of Git, for the commit AABBBB....
+    """
+    references = git("for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
+    parts = [reference.split("/") for reference in references]
+    return {part[2] + part[3] for part in parts if len(part) == 5 and len(part[2]) == 2}
+
+
+def show_experiments(commits: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the table of `dvc exp show --json` for these commits.
+
+    DVC fails if a running experiment creates or deletes its temporary folder meanwhile. Then this
+    tries again.
+    """
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
+    for commit in sorted(commits):
+        command += ["--rev", commit]
+    for _ in range(SHOW_ATTEMPTS):
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+        if done.returncode == 0:
+            table: list[dict[str, Any]] = json.loads(done.stdout)
+            return table
+        if ".dvc/tmp/exps" not in done.stderr:
+            problem = " ".join(done.stderr.split()).removeprefix("ERROR: ")
+            raise UserError(f"dvc exp show: {problem:.300}; fix that and rerun")
+        time.sleep(1)
+    remedy = "rerun when `dvc queue status` lists no running experiment"
+    raise UserError(f"dvc exp show: failed while experiments start or end; {remedy}")
+
+
+def experiments_of(table: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the state and the row of each experiment. Without an executor it is a success."""
     for commit in table:
         for experiment in commit["experiments"] or []:
-            if experiment["executor"]:
-                state = experiment["executor"]["state"]
-                names.setdefault(state, set()).add(experiment["revs"][0]["name"])
-    counts = [f"{len(names[state])} {state}" for state in UNFINISHED if state in names]
+            executor = experiment["executor"]
+            yield executor["state"] if executor else "success", experiment["revs"][0]
+
+
+def note_unfinished(table: list[dict[str, Any]]) -> None:
+    """Print a note about experiments that are queued or running, or that failed.
+
+    DVC lists a running experiment a second time, as queued.
+    """
+    states = {state: set[str]() for state in UNFINISHED}
+    for state, row in experiments_of(table):
+        if state in states:
+            states[state].add(row["name"])
+    states["queued"] -= states["running"]
+    counts = [f"{len(names)} {state}" for state, names in states.items() if names]
     if counts:
         remedy = "`dvc queue status` lists them, `dvc queue logs NAME` shows why one failed"
         print(f"note: without experiments that are {', '.join(counts)}; {remedy}", file=sys.stderr)
@@ -167,13 +190,8 @@ def finished_runs(table: list[dict[str, Any]]) -> Iterator[Run]:
     A queued or running experiment is left out: its metrics in the table belong to the commit where
     it started.
     """
-    rows = []
-    for commit in table:
-        if commit["rev"] != "workspace":
-            rows.append(commit)
-        for experiment in commit["experiments"] or []:
-            if experiment["executor"] is None or experiment["executor"]["state"] == "success":
-                rows.append(experiment["revs"][0])
+    rows = [commit for commit in table if commit["rev"] != "workspace"]
+    rows += [row for state, row in experiments_of(table) if state == "success"]
     for row in rows:
         if row["error"] is None and row["data"]:
             run = read_run(row["data"])
@@ -185,7 +203,7 @@ def read_run(data: dict[str, Any]) -> Run:
     """Read the data of a row of `dvc exp show --json`."""
     params = {
         name.removeprefix("params.yaml:"): comparable(value)
-        for name, value in flatten(data["params"])
+        for name, value in named_values(data["params"])
     }
     outs = {path: out["hash"] for path, out in data["outs"].items()}
     deps = {path: dep["hash"] for path, dep in data["deps"].items()}
@@ -197,7 +215,7 @@ def read_run(data: dict[str, Any]) -> Run:
         inputs={path: md5 for path, md5 in deps.items() if path not in outs},
         metrics={
             name: value
-            for name, value in flatten(data["metrics"])
+            for name, value in named_values(data["metrics"])
             if isinstance(value, int | float) and math.isfinite(value)
         },
     )
@@ -208,27 +226,24 @@ def comparable(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def flatten(files: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def named_values(files: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield FILE:NAME and the value of each param or metric, such as params.yaml:train.seed."""
-    pending = [(f"{file}:", content.get("data")) for file, content in files.items()]
-    while pending:
-        prefix, value = pending.pop(0)
-        if isinstance(value, dict):
-            separator = "" if prefix.endswith(":") else "."
-            pending += [(f"{prefix}{separator}{key}", inner) for key, inner in value.items()]
-        else:
-            yield prefix, value
+    for file, content in files.items():
+        for name, value in flatten(content.get("data")).items():
+            yield f"{file}:{name}", value
 
 
 def group(runs: Iterable[Run], head: Run | None) -> list[Setting]:
     """Group runs by params, code and data, sorted by the values of the params."""
     groups: dict[str, dict[Any, Run]] = {}
-    for run in sorted(runs, key=lambda run: (str(type(run.seed)), run.seed)):
+    for run in sorted(runs, key=lambda run: sort_key(run.seed)):
         groups.setdefault(setting_key(run), {}).setdefault(run.seed, run)
     head_key = setting_key(head) if head else None
     settings = [Setting(runs, key == head_key) for key, runs in groups.items()]
     names = varying_params(settings)
-    return sorted(settings, key=lambda setting: [sort_key(setting, name) for name in names])
+    return sorted(
+        settings, key=lambda setting: [sort_key(setting.any_run.params.get(name)) for name in names]
+    )
 
 
 def setting_key(run: Run) -> str:
@@ -236,9 +251,8 @@ def setting_key(run: Run) -> str:
     return json.dumps([run.params, run.inputs], sort_keys=True, default=str)
 
 
-def sort_key(setting: Setting, name: str) -> tuple[bool, float, str]:
+def sort_key(value: Any) -> tuple[bool, float, str]:
     """Return a key that sorts the values of a param: numbers first, then all others as text."""
-    value = setting.any_run.params.get(name)
     if isinstance(value, int | float):
         return False, value, ""
     return True, 0, str(value)
@@ -351,12 +365,11 @@ def queue_command(setting: Setting, seeds: Iterable[Any], baseline: Setting) -> 
 
     It sets the params that differ from the baseline or from the workspace, where it will run.
     """
-    text = Path("params.yaml").read_text(encoding="utf-8")
-    workspace = dict(flatten({"": {"data": yaml.safe_load(text)}}))
+    workspace = flatten(read_sections())
     options = [
         f"{name}={override(value)}"
         for name, value in setting.any_run.params.items()
-        if baseline.any_run.params.get(name) != value or workspace.get(f":{name}") != value
+        if baseline.any_run.params.get(name) != value or workspace.get(name) != value
     ]
     options.append(f"{SEED}={','.join(map(str, seeds))}")
     return " ".join(["dvc exp run --queue", *(f"-S {quote(option)}" for option in options)])

@@ -96,46 +96,46 @@ def describe_settings(
     baseline: Setting, comparisons: list[Comparison], metrics: list[str], markdown: bool
 ) -> str:
     """Describe the settings, their differences from the baseline, and the missing runs."""
-    settings = {"baseline": baseline}
-    settings |= {f"#{place}": found.setting for place, found in enumerate(comparisons, start=1)}
-    parts = [format_table(values_table(settings, metrics), markdown)]
-    if comparisons:
-        parts.append(format_table(differences_table(settings, comparisons, metrics), markdown))
-        parts.append(caption(comparisons, metrics))
-    else:
+    labelled = {f"#{place}": found for place, found in enumerate(comparisons, start=1)}
+    names = short_names(metrics)
+    parts = [format_table(values_table(baseline, labelled, names), markdown)]
+    if not comparisons:
         parts.append("There is one setting, so there is nothing to compare.")
-    for label, setting in settings.items():
-        if files := differing_files(baseline, setting):
+        return "\n\n".join(parts)
+    parts.append(format_table(differences_table(labelled, names), markdown))
+    parts.append(caption(comparisons, names))
+    for label, found in labelled.items():
+        if files := differing_files(baseline, found.setting):
             parts.append(f"{label} was made with other versions of {', '.join(files)}.")
-    parts += suggestions(settings, comparisons)
+    parts += suggestions(baseline, labelled)
     return "\n\n".join(parts)
 
 
-def values_table(settings: dict[str, Setting], metrics: list[str]) -> Table:
+def values_table(
+    baseline: Setting, labelled: dict[str, Comparison], names: dict[str, str]
+) -> Table:
     """Return the mean of each metric per setting, and the params that differ from the baseline."""
-    table = [["setting", "seeds", *short_names(metrics).values(), "params"]]
-    varying = varying_params(settings.values())
-    baseline = settings["baseline"].any_run.params
+    settings = {label: found.setting for label, found in labelled.items()}
+    common = baseline.any_run.params
+    varying = varying_params([baseline, *settings.values()])
+    shown = {"baseline": varying}  # the params to show
     for label, setting in settings.items():
         params = setting.any_run.params
-        shown = [
-            f"{name}={params.get(name)}"
-            for name in varying
-            if setting is settings["baseline"] or params.get(name) != baseline.get(name)
-        ]
-        means = [format_values(setting.values(metric).values()) for metric in metrics]
-        table.append([label, str(len(setting.runs)), *means, " ".join(shown)])
+        shown[label] = [name for name in varying if params.get(name) != common.get(name)]
+    table = [["setting", "seeds", *names.values(), "params"]]
+    for label, setting in {"baseline": baseline, **settings}.items():
+        means = [format_values(setting.values(metric).values()) for metric in names]
+        params = setting.any_run.params
+        values = [f"{name}={params.get(name)}" for name in shown[label]]
+        table.append([label, str(len(setting.runs)), *means, " ".join(values)])
     return table
 
 
-def differences_table(
-    settings: dict[str, Setting], comparisons: list[Comparison], metrics: list[str]
-) -> Table:
+def differences_table(labelled: dict[str, Comparison], names: dict[str, str]) -> Table:
     """Return the mean difference of each metric from the baseline, and the verdict."""
-    table = [["setting", "pairs", *short_names(metrics).values(), "verdict"]]
-    labels = [label for label in settings if label != "baseline"]
-    for label, found in zip(labels, comparisons, strict=True):
-        differences = [format_test(found.tests.get(metric)) for metric in metrics]
+    table = [["setting", "pairs", *names.values(), "verdict"]]
+    for label, found in labelled.items():
+        differences = [format_test(found.tests.get(metric)) for metric in names]
         table.append([label, str(found.pairs), *differences, found.verdict])
     return table
 
@@ -147,9 +147,8 @@ def differing_files(baseline: Setting, setting: Setting) -> list[str]:
     return [path for path in inputs | others if inputs.get(path) != others.get(path)]
 
 
-def caption(comparisons: list[Comparison], metrics: list[str]) -> str:
+def caption(comparisons: list[Comparison], names: dict[str, str]) -> str:
     """Explain the differences and the verdicts."""
-    names = short_names(metrics)
     deciding = dict.fromkeys(names[found.metric] for found in comparisons if found.metric)
     return (
         "Differences from the baseline are means over pairs of runs with the same seed, each with"
@@ -158,19 +157,21 @@ def caption(comparisons: list[Comparison], metrics: list[str]) -> str:
     )
 
 
-def suggestions(settings: dict[str, Setting], comparisons: list[Comparison]) -> Iterator[str]:
+def suggestions(baseline: Setting, labelled: dict[str, Comparison]) -> Iterator[str]:
     """Yield how many seeds would settle the most promising open comparisons, and the commands."""
-    labels = {id(setting): label for label, setting in settings.items()}
-    unsettled = [found for found in comparisons if found.metric and found.seeds_needed]
+    unsettled = {
+        label: found for label, found in labelled.items() if found.metric and found.seeds_needed
+    }
 
-    def promise(found: Comparison) -> float:
+    def promise(label: str) -> float:
+        found = unsettled[label]
         return mean(found.setting.values(found.metric or "").values())
 
     shown: list[str] = []
-    for found in sorted(unsettled, key=promise, reverse=True)[:MOST_SUGGESTIONS]:
-        commands = missing_runs(found, settings["baseline"])
+    for label in sorted(unsettled, key=promise, reverse=True)[:MOST_SUGGESTIONS]:
+        commands = missing_runs(unsettled[label], baseline)
         new = [f"  {command}" for command in commands if command not in shown]
-        yield "\n".join([f"{labels[id(found.setting)]}: {describe_need(found)}", *new])
+        yield "\n".join([f"{label}: {describe_need(unsettled[label])}", *new])
         shown += commands
     if len(unsettled) > MOST_SUGGESTIONS:
         yield f"{len(unsettled) - MOST_SUGGESTIONS} more settings need more seeds."

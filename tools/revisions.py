@@ -1,16 +1,17 @@
 """Read the results of a revision from Git, and compare two of them. This needs no data."""
 
 import csv
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+import msgspec
 
 from stages.shared.dvc_lock import Stage, stages_of
 from stages.shared.errors import UserError
+from stages.shared.inputs import flatten
+from stages.shared.params import read_sections
 from tools.provenance import git
 from tools.significance import mcnemar_p
 
@@ -23,13 +24,21 @@ WORKSPACE = "workspace"
 Key = TypeVar("Key")
 
 
+class AccuracyMetrics(msgspec.Struct, frozen=True):
+    """What this module needs of metrics/accuracy.json. An older file has no number of examples."""
+
+    accuracy: float | None = None
+    examples: int | None = None
+    accuracy_of: dict[str, float] = {}  # by class
+
+
 @dataclass(frozen=True)
 class Results:
     """The results of a run, as read from the files in Git."""
 
     name: str  # a commit, a branch, a tag, an experiment or "workspace"
     stages: dict[str, Stage]  # by name; empty if there is no dvc.lock
-    metrics: dict[str, Any]  # of metrics/accuracy.json; empty if there is none
+    metrics: AccuracyMetrics  # without values if there is no metrics/accuracy.json
     mistakes: dict[int, str] | None  # the predicted class by example; None if not recorded
 
     def params(self, stages: Iterable[str]) -> dict[str, Any]:
@@ -56,8 +65,7 @@ class Results:
 
 def check_params_are_recorded(results: Results) -> None:
     """Raise `UserError` if params.yaml was edited after the last run in the workspace."""
-    text = read_file(None, "params.yaml")
-    current = Stage(params={"params.yaml": yaml.safe_load(text) or {}}).named_params()
+    current = flatten(read_sections())
     recorded = results.params(results.stages)
     for name, (old, new) in changes(recorded, current).items():
         if name in recorded and name in current:
@@ -69,7 +77,7 @@ def read_results(name: str) -> Results:
     """Read the results of a revision, or of the workspace. Files that do not exist are empty."""
     revision = None if name == WORKSPACE else find_revision(name)
     try:
-        metrics = json.loads(read_file(revision, ACCURACY) or "{}")
+        metrics = msgspec.json.decode(read_file(revision, ACCURACY) or "{}", type=AccuracyMetrics)
         text = read_file(revision, MISTAKES)
         rows = csv.DictReader(text.splitlines())
         mistakes = {int(row["example"]): row["predicted"] for row in rows} if text else None
@@ -81,6 +89,7 @@ def read_results(name: str) -> Results:
 
 def find_revision(name: str) -> str:
     """Return the commit of a branch, a tag, an experiment or another name of a commit."""
+    # This also raises what is wrong with the repository, so the next error means the name.
     experiments = git("for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}").split()
     try:
         return git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").strip()
@@ -95,7 +104,9 @@ def find_revision(name: str) -> str:
 def read_file(revision: str | None, path: str) -> str:
     """Return the text of a file at a revision, or in the workspace. A missing file has no text."""
     if revision is None:
-        return Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+        if not Path(path).exists():
+            return ""
+        return Path(path).read_text(encoding="utf-8", errors="surrogateescape")  # as `git` does
     exists = git("ls-tree", revision, "--", path)
     return git("show", f"{revision}:./{path}") if exists else ""
 
@@ -146,11 +157,10 @@ def accuracy_change(before: Results, after: Results) -> str:
     """Describe both accuracies and their difference; no text if they cannot be compared."""
     if before.test_split != after.test_split:
         return ""
-    try:
-        old, new = before.metrics["accuracy"], after.metrics["accuracy"]
-        return f"; accuracy {old:.4f} -> {new:.4f} ({new - old:+.4f})"
-    except (KeyError, TypeError, ValueError):
+    old, new = before.metrics.accuracy, after.metrics.accuracy
+    if old is None or new is None:
         return ""
+    return f"; accuracy {old:.4f} -> {new:.4f} ({new - old:+.4f})"
 
 
 @dataclass(frozen=True)
@@ -172,17 +182,22 @@ class ModelComparison:
         return not (self.params or self.became_right or self.became_wrong or self.notes)
 
 
+def require_accuracy(results: Results) -> float:
+    """Return the accuracy. Raises `UserError` if it or the predictions are not recorded."""
+    if results.metrics.accuracy is None or results.mistakes is None:
+        problem = f"has no accuracy in {ACCURACY}, or no {MISTAKES}"
+        raise UserError(f"{results.name}: {problem}; name a revision with results")
+    return results.metrics.accuracy
+
+
 def compare_models(a: Results, b: Results) -> ModelComparison:
     """Compare the models of two results. Raises `UserError` if their test splits differ in size."""
-    for results in (a, b):
-        if "accuracy" not in results.metrics or results.mistakes is None:
-            problem = f"has no accuracy in {ACCURACY}, or no {MISTAKES}"
-            raise UserError(f"{results.name}: {problem}; name a revision with results")
-    sizes = [results.metrics.get("examples") for results in (a, b)]
+    accuracies = require_accuracy(a), require_accuracy(b)
+    sizes = [results.metrics.examples for results in (a, b)]
     if None not in sizes and sizes[0] != sizes[1]:
         problem = f"its test split has {sizes[1]} examples, but {a.name} has {sizes[0]}"
         raise UserError(f"{b.name}: {problem}; compare models with one test split")
-    classes = [results.metrics.get("accuracy_of", {}).keys() for results in (a, b)]
+    classes = [results.metrics.accuracy_of.keys() for results in (a, b)]
     if all(classes) and classes[0] != classes[1]:
         problem = f"its classes differ from the classes of {a.name}"
         raise UserError(f"{b.name}: {problem}; compare models with one test split")
@@ -197,7 +212,7 @@ def compare_models(a: Results, b: Results) -> ModelComparison:
     return ModelComparison(
         names=(a.name, b.name),
         params=changes(a.params(a.stages), b.params(b.stages)),
-        accuracies=(a.metrics["accuracy"], b.metrics["accuracy"]),
+        accuracies=accuracies,
         examples=sizes[0] or sizes[1],
         became_right=became_right,
         became_wrong=became_wrong,

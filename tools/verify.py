@@ -148,7 +148,7 @@ def repair_rwlock() -> Iterator[str]:
         yield str(RWLOCK)
 
 
-def protect_site_cache(config: Config) -> None:
+def configure_site_cache(config: Config) -> None:
     """Let DVC keep its databases inside the project, where other users cannot write.
 
     DVC's default is /var/tmp/dvc, where every user can write, and DVC unpickles what it finds. The
@@ -166,6 +166,13 @@ def protect_site_cache(config: Config) -> None:
             if LOCAL_CONFIG.exists():  # it may hold passwords
                 shutil.copymode(LOCAL_CONFIG, file.name)
             local.write(file)
+
+
+def create_site_cache() -> None:
+    """Create the folders of DVC's databases, which only users that may write here can write.
+
+    DVC itself creates them with all permissions. Such folders are emptied.
+    """
     allowed = Path(".dvc").stat().st_mode & 0o777
     for folder in (DATABASES, SITE_CACHE):
         if folder.exists() and folder.stat().st_mode & 0o777 & ~allowed:  # as DVC creates it
@@ -378,7 +385,8 @@ def main(disk_space: bool = False) -> None:
         hardlink = config["core"].get("hardlink_lock", False)
         with make_lock(str(LOCK_FILE), tmp_dir=str(RWLOCK.parent), hardlink_lock=hardlink):
             check_idle()
-            protect_site_cache(config)
+            configure_site_cache(config)
+            create_site_cache()
             repaired = [
                 *repair_databases(),
                 *repair_rwlock(),

@@ -168,7 +168,8 @@ def check_consoles(project: Project, text: str, page: Path | None = None) -> Non
             old, shown = shown, updated_output(shown, output)
             text = page.read_text().replace(f"$ {command}\n{old}", f"$ {command}\n{shown}", 1)
             page.write_text(text)
-        assert difference(shown, output) is None, difference(shown, output)
+        problem = difference(shown, output)
+        assert problem is None, problem
         if command.startswith("dvc queue start"):
             project.wait_for_queue()
 

@@ -129,9 +129,10 @@ def collect_runs() -> tuple[Run | None, list[Run]]:
 
 
 def commits_with_experiments() -> set[str]:
-    """Return the commits from which experiments started.
+    """Return the commits that have experiments.
 
-    An experiment is the reference refs/exps/AA/BBBB.../NAME of Git, for the commit AABBBB....
+    DVC stores an experiment under the Git reference refs/exps/AA/BBBB.../NAME. It started at the
+    commit AABBBB....
     """
     references = git("for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
     parts = [reference.split("/") for reference in references]

@@ -52,6 +52,7 @@ def read_splits(
         problem = f"has {len(class_names)} folders with pictures, must be 2 to 256"
         raise UserError(f"{folder}: {problem}; put one folder per class directly into it")
     splits = {name: read_split(examples[name], class_names, image_shape) for name in SPLITS}
+    report_missing_classes(splits)
     report_duplicates(splits, examples)
     return splits
 
@@ -100,18 +101,15 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Draw a fraction of the examples of each class. Return the kept and the drawn examples.
 
-    Of a class with at least three examples, at least one is kept and at least one is drawn. A note
-    names each smaller class.
+    Of a class with at least three examples, at least one is kept and at least one is drawn.
     """
     by_class: dict[str, list[Example]] = {}
     for example in examples:
         by_class.setdefault(example[1], []).append(example)
     kept: list[Example] = []
     drawn: list[Example] = []
-    for name, own in by_class.items():
+    for own in by_class.values():
         count = max(round(fraction * len(own)), 1 if len(own) > 2 else 0)
-        if not count:
-            print(f"note: class {escape(name)} has too few pictures to hold one out")
         permutation = rng.permutation(len(own))
         drawn += [own[index] for index in sorted(permutation[:count])]
         kept += [own[index] for index in sorted(permutation[count:])]
@@ -138,6 +136,17 @@ def read_split(
         return Split(images, labels, class_names)
     except ValueError as error:
         raise UserError(f"{examples[0][0].parent.parent}: {error}") from None
+
+
+def report_missing_classes(splits: dict[str, Split]) -> None:
+    """Print a note for each split that has examples, but none of some classes."""
+    for name, split in splits.items():
+        present = set(split.labels.tolist())
+        missing = [
+            class_name for label, class_name in enumerate(split.class_names) if label not in present
+        ]
+        if len(split) and missing:
+            print(escape(f"note: the {name} split has no pictures of {', '.join(missing)}"))
 
 
 def report_duplicates(splits: dict[str, Split], examples: dict[str, list[Example]]) -> None:
